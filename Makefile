@@ -1,0 +1,42 @@
+# Each command makes the environment it needs (.venv-demo, .venv-test) on its first run; see scripts/env.py.
+#
+#   PYTHON=python3.12   which interpreter                NO_VENV=1      install nothing, use what PYTHON has
+#   TORCH_SPEC=...      what to install as torch         ARGS="..."     further arguments for the command
+PYTHON ?= python3
+ARGS ?=
+IN_DEMO = @"$(PYTHON)" scripts/env.py demo
+IN_TEST = @"$(PYTHON)" scripts/env.py test
+
+.PHONY: help demo test test-all lint bench clean python
+help:
+	@echo "make demo      install into .venv-demo and run the demonstration"
+	@echo "make test      install into .venv-test and run the linters and tests (up to 10 minutes)"
+	@echo "make test-all  the same with the heavy tests"
+	@echo "make lint      ruff and mypy only"
+	@echo "make bench     run the benchmarks"
+	@echo "make clean     remove both environments and all caches"
+	@echo "settings: PYTHON=python3.12  NO_VENV=1  TORCH_SPEC='torch==2.9.1'  ARGS='...'"
+
+demo: python
+	$(IN_DEMO) -m flash_sparse_attn demo $(ARGS)
+
+test: python
+	$(IN_TEST) scripts/test.py $(ARGS)
+
+test-all: python
+	$(IN_TEST) scripts/test.py --heavy $(ARGS)
+
+lint: python
+	$(IN_TEST) scripts/test.py --lint-only
+
+bench: python
+	$(IN_DEMO) -m flash_sparse_attn bench $(ARGS)
+
+clean:
+	rm -rf .venv-demo .venv-test .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist src/*.egg-info
+
+# Says what is wrong with PYTHON in words that any version of Python can print.
+python:
+	@command -v "$(PYTHON)" >/dev/null 2>&1 || \
+	  { echo "make: no '$(PYTHON)' here; install Python 3.10 or newer, or name one: make PYTHON=/path/to/python"; exit 1; }
+	@"$(PYTHON)" -c 'import sys; v = sys.version_info[:2]; sys.exit("make: Python 3.10 or newer is needed, and %s is %d.%d; name another: make PYTHON=/path/to/python" % ((sys.executable,) + v) if v < (3, 10) else 0)'

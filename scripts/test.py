@@ -1,0 +1,81 @@
+"""Run the linters, then the tests; exits non-zero if any of them fails.
+
+    python scripts/test.py [--heavy | --lint-only] [PYTEST ARGUMENT...]
+
+Runs in the environment of scripts/env.py or any other that has pytest. A missing linter is reported and skipped: an
+offline machine with NO_VENV=1 need not have one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LINTERS = {"ruff": ["check", "."], "mypy": []}
+# pytest plugins by the module that says whether they are there, and the names to load them by.
+PLUGINS = {
+    "xdist": ["xdist.plugin", "xdist.looponfail"],
+    "pytest_timeout": ["pytest_timeout"],
+    "_hypothesis_pytestplugin": ["_hypothesis_pytestplugin"],
+}
+TIMEOUT = {False: 300, True: 1800}  # seconds for one test, without and with the heavy ones
+
+
+def lint() -> list[str]:
+    """Run every linter that is installed; returns the names of those that complained."""
+    failed = []
+    for tool, arguments in LINTERS.items():
+        if importlib.util.find_spec(tool) is None:
+            print(f"{tool}: skipped, because it is not installed", flush=True)
+            continue
+        start = time.perf_counter()
+        code = subprocess.run([sys.executable, "-m", tool, *arguments], cwd=ROOT, check=False).returncode
+        print(f"{tool}: {'failed' if code else 'passed'} in {time.perf_counter() - start:.0f} s", flush=True)
+        if code:
+            failed.append(tool)
+    return failed
+
+
+def has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def run_pytest(heavy: bool, arguments: list[str]) -> bool:
+    """Run the tests and return whether they passed."""
+    # Only the plugins these tests were written for: others may be installed beside a shared torch.
+    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    command = [sys.executable, "-m", "pytest", "--durations=5", "--durations-min=5"]
+    for module, names in PLUGINS.items():
+        if importlib.util.find_spec(module) is not None:
+            command += [part for name in names for part in ("-p", name)]
+    if "pytest_timeout" in command:
+        command += ["--timeout", str(TIMEOUT[heavy])]
+    if "xdist.plugin" in command and not has_gpu():
+        # Two processes are what 4 GiB hold; on a GPU one process has the device to itself.
+        command += ["-n", str(min(2, os.cpu_count() or 1)), "--dist", "worksteal"]
+    if not heavy:
+        command += ["-m", "not heavy"]
+    return subprocess.run([*command, *arguments], cwd=ROOT, env=environment, check=False).returncode == 0
+
+
+def main(arguments: list[str]) -> int:
+    heavy = "--heavy" in arguments
+    only_lint = "--lint-only" in arguments
+    rest = [a for a in arguments if a not in ("--heavy", "--lint-only")]
+    failed = lint()
+    if not only_lint and not run_pytest(heavy, rest):
+        failed.append("pytest")
+    if failed:
+        print(f"failed: {', '.join(failed)}", flush=True)
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

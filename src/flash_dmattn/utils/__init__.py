@@ -1,0 +1,1 @@
+"""Old import path of `flash_sparse_attn.utils`."""

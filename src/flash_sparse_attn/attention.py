@@ -1,0 +1,424 @@
+"""The attention functions: check the arguments, choose a backend, run it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from . import checks, dispatch
+from .problem import Problem
+from .reference import attention_reference
+from .selection import KeySelection, select_keys
+from .varlen import PackedSequences
+
+Mask = Tensor | KeySelection | None
+
+
+def flash_sparse_attn_func(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Mask = None,
+    attn_bias: Tensor | None = None,
+    softmax_scale: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    deterministic: bool | None = None,
+    return_attn_probs: bool | None = None,
+    *,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """Attention under a mask with a trainable additive bias: work only where the mask is true.
+
+    ``softmax(softmax_scale * q.k + bias, where visible) . v``; visible is mask AND causal, and causal
+    is bottom-right: query ``i`` stands at position ``i + K - Q``. Gradients for query, key, value and
+    bias. A query without a visible key gives 0.
+
+    Args:
+        query: ``[B, Q, H, D]``, fp16 or bf16 (eager also fp32, fp64), any strides.
+        key: ``[B, K, Hkv, D]``, ``H % Hkv == 0``; query head ``h`` reads KV head ``h // (H / Hkv)``.
+        value: ``[B, K, Hkv, D]``.
+        attn_mask: Bool ``({1|B}, {1|Hkv|H}, {1|Q}, {1|K})``, True = visible, or a `KeySelection`.
+        attn_bias: fp16, bf16 or fp32 of the same set of shapes, independently chosen. ``-inf`` hides.
+        softmax_scale: Default ``D ** -0.5``.
+        is_causal: ``None`` follows a `KeySelection` and means False for bool masks.
+        softcap: ``c`` in ``c * tanh(score / c)``, before the bias; ``None`` or 0.0 is off.
+        deterministic: Bitwise repeatable results, forward and backward.
+        return_attn_probs: Also return the probabilities ``[B, H, Q, K]``; for tests, O(Q K) memory.
+        return_lse: Also return ``lse [B, H, Q]``, natural logarithm, fp32, not differentiable.
+        backend: ``"cuda"``, ``"triton"``, ``"flex"`` or ``"eager"``: that one or an error. ``None``
+            is the best available.
+
+    Returns:
+        ``out [B, Q, H, D]``; ``(out, lse)``; or ``(out, lse, probs)``.
+
+    Raises:
+        TypeError, ValueError: An argument has a wrong type, shape, dtype, device or value.
+        RuntimeError: The named backend cannot run the call; the message lists the reasons.
+    """
+    dispatch.check_name(backend)
+    query, key, value = _autocast(query, key, value)
+    checks.check_qkv(query, key, value)
+    problem = _problem(
+        query, key, value, attn_mask, attn_bias, softmax_scale, is_causal, softcap, deterministic
+    )
+    out, lse = dispatch.choose(problem, backend).attention(
+        problem, query, key, value, attn_mask, attn_bias
+    )
+    if return_attn_probs:
+        return out, lse, _probabilities(problem, query, key, value, attn_mask, attn_bias)
+    return (out, lse) if return_lse else out
+
+
+def flash_sparse_attn_varlen_func(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    attn_mask: Mask = None,
+    attn_bias: Tensor | None = None,
+    softmax_scale: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    deterministic: bool | None = None,
+    *,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """`flash_sparse_attn_func` for packed sequences: each attends to itself only.
+
+    Args:
+        query: ``[total_q, H, D]``.
+        key: ``[total_k, Hkv, D]``.
+        value: ``[total_k, Hkv, D]``.
+        cu_seqlens_q: int32 ``[N + 1]``, borders of the queries from 0 to ``total_q``.
+        cu_seqlens_k: int32 ``[N + 1]``, borders of the keys. Sequences may be empty.
+        max_seqlen_q: Length of the longest query sequence.
+        max_seqlen_k: Length of the longest key sequence.
+        attn_mask: Bool ``[total_k]`` (True = visible), or a `KeySelection` made with `cu_seqlens_k`.
+        attn_bias: ``[{1|Hkv|H}, total_k]``, one bias per key.
+        softmax_scale, is_causal, softcap, deterministic, return_lse, backend: As there; causal is
+            bottom-right in every sequence.
+
+    Returns:
+        ``out [total_q, H, D]``, or ``(out, lse [H, total_q])``.
+    """
+    dispatch.check_name(backend)
+    query, key, value = _autocast(query, key, value)
+    checks.check_qkv(query, key, value, packed=True)
+    checks.check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, query.shape[0], query.device)
+    checks.check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, key.shape[0], query.device)
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        raise ValueError(
+            f"cu_seqlens_k: expected as many borders as cu_seqlens_q, {cu_seqlens_q.numel()}, "
+            f"got {cu_seqlens_k.numel()}"
+        )
+    checks.check_max_seqlen("max_seqlen_q", max_seqlen_q, cu_seqlens_q)
+    checks.check_max_seqlen("max_seqlen_k", max_seqlen_k, cu_seqlens_k)
+    packed = PackedSequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    if isinstance(attn_mask, Tensor):
+        checks.check_tensor("attn_mask", attn_mask, "[total_k]")
+        attn_mask = attn_mask[None, None, None]
+    if attn_bias is not None:
+        checks.check_tensor("attn_bias", attn_bias, "[{1|Hkv|H}, total_k]")
+        attn_bias = attn_bias[None, :, None]
+    query, key, value = query[None], key[None], value[None]
+    problem = _problem(
+        query, key, value, attn_mask, attn_bias, softmax_scale, is_causal, softcap, deterministic, packed
+    )
+    out, lse = dispatch.choose(problem, backend).attention(
+        problem, query, key, value, attn_mask, attn_bias
+    )
+    return (out[0], lse[0]) if return_lse else out[0]
+
+
+def flash_sparse_attn_with_kvcache_func(
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    attn_mask: Mask = None,
+    attn_bias: Tensor | None = None,
+    *,
+    cache_seqlens: Tensor,
+    block_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """Attention of a few new queries over a cache of keys and values, for inference.
+
+    Sequence ``b`` has ``cache_seqlens[b]`` keys, and its queries are the last ones of it. The new keys
+    have to be in the cache already.
+
+    Args:
+        query: ``[B, Q, H, D]``.
+        k_cache: ``[B, K, Hkv, D]``, or pages ``[num_pages, page_size, Hkv, D]`` with `block_table`.
+        v_cache: As `k_cache`.
+        attn_mask: Bool ``({1|B}, {1|Hkv|H}, {1|Q}, {1|K})``, or a `KeySelection` of ``[B, Hkv, K]``;
+            with pages ``K = block_table.shape[1] * page_size``. Values past the length are not read.
+        attn_bias: Float, of the same set of shapes.
+        cache_seqlens: int32 ``[B]``.
+        block_table: int32 ``[B, max_pages]``, the pages of every sequence in order.
+        softmax_scale, is_causal, softcap, return_lse, backend: As in `flash_sparse_attn_func`.
+
+    Returns:
+        ``out [B, Q, H, D]``, or ``(out, lse [B, H, Q])``.
+    """
+    dispatch.check_name(backend)
+    if block_table is not None:
+        checks.check_pages(k_cache, v_cache, block_table, cache_seqlens)
+        pages = block_table.clamp(min=0).long()
+        k_cache, v_cache = k_cache[pages].flatten(1, 2), v_cache[pages].flatten(1, 2)
+    checks.check_qkv(query, k_cache, v_cache)
+    checks.check_cache_seqlens(cache_seqlens, query, k_cache.shape[1])
+    _problem(query, k_cache, v_cache, attn_mask, attn_bias, softmax_scale, is_causal, softcap, None)
+    outs, lses = [], []
+    for row, length in enumerate(cache_seqlens.tolist()):
+        out, lse = flash_sparse_attn_func(
+            query[row : row + 1],
+            k_cache[row : row + 1, :length],
+            v_cache[row : row + 1, :length],
+            _cache_row(attn_mask, row, length, k_cache.shape[1]),
+            cast("Tensor | None", _cache_row(attn_bias, row, length, k_cache.shape[1])),
+            softmax_scale,
+            is_causal,
+            softcap,
+            return_lse=True,
+            backend=backend,
+        )
+        outs.append(out)
+        lses.append(lse)
+    if not outs:
+        outs = [torch.empty_like(query)]
+        lses = [query.new_empty(0, query.shape[2], query.shape[1], dtype=torch.float32)]
+    return (torch.cat(outs), torch.cat(lses)) if return_lse else torch.cat(outs)
+
+
+def dynamic_mask_attn_func(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scores: Tensor,
+    window_size: int,
+    *,
+    mode: str = "causal",
+    key_mask: Tensor | None = None,
+    keep_first: int = 0,
+    keep_recent: int = 0,
+    is_causal: bool | None = None,
+    softmax_scale: float | None = None,
+    softcap: float | None = None,
+    deterministic: bool | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """Select keys by their scores, attend to them, and let the scores learn.
+
+    By definition `select_keys` of the detached scores, and `flash_sparse_attn_func` with that
+    selection and the bias ``scores[:, :, None, :]``: the scores learn through the keys they keep.
+
+    Args:
+        query: ``[B, Q, H, D]``.
+        key: ``[B, K, Hkv, D]``.
+        value: ``[B, K, Hkv, D]``.
+        scores: Float ``[B, Hkv, K]``, one number per key and KV head.
+        window_size: ``W``, the number of keys each query keeps.
+        mode, key_mask, keep_first, keep_recent: As in `select_keys`.
+        is_causal: To be given for the modes ``"shared"`` and ``"relu"``; ``"causal"`` implies it.
+        softmax_scale, softcap, deterministic, return_lse, backend: As in `flash_sparse_attn_func`.
+
+    Returns:
+        ``out [B, Q, H, D]``, or ``(out, lse [B, H, Q])``.
+    """
+    checks.check_scores(scores, key)
+    selection = select_keys(
+        scores,
+        window_size,
+        mode=mode,
+        key_mask=key_mask,
+        keep_first=keep_first,
+        keep_recent=keep_recent,
+    )
+    return flash_sparse_attn_func(
+        query,
+        key,
+        value,
+        selection,
+        scores[:, :, None, :],
+        softmax_scale,
+        is_causal,
+        softcap,
+        deterministic,
+        return_lse=return_lse,
+        backend=backend,
+    )
+
+
+def dynamic_mask_attn_varlen_func(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scores: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    window_size: int,
+    *,
+    mode: str = "causal",
+    key_mask: Tensor | None = None,
+    keep_first: int = 0,
+    keep_recent: int = 0,
+    is_causal: bool | None = None,
+    softmax_scale: float | None = None,
+    softcap: float | None = None,
+    deterministic: bool | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """`dynamic_mask_attn_func` for packed sequences, each selected and attended on its own.
+
+    Args:
+        query: ``[total_q, H, D]``.
+        key: ``[total_k, Hkv, D]``.
+        value: ``[total_k, Hkv, D]``.
+        scores: Float ``[Hkv, total_k]``.
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: As in `flash_sparse_attn_varlen_func`.
+        window_size, mode, key_mask, keep_first, keep_recent: As in `select_keys`.
+        is_causal, softmax_scale, softcap, deterministic, return_lse, backend: As in
+            `dynamic_mask_attn_func`.
+
+    Returns:
+        ``out [total_q, H, D]``, or ``(out, lse [H, total_q])``.
+    """
+    checks.check_scores(scores, key, packed=True)
+    selection = select_keys(
+        scores,
+        window_size,
+        mode=mode,
+        key_mask=key_mask,
+        cu_seqlens=cu_seqlens_k,
+        keep_first=keep_first,
+        keep_recent=keep_recent,
+    )
+    return flash_sparse_attn_varlen_func(
+        query,
+        key,
+        value,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        selection,
+        scores,
+        softmax_scale,
+        is_causal,
+        softcap,
+        deterministic,
+        return_lse=return_lse,
+        backend=backend,
+    )
+
+
+def flash_sparse_attn_func_auto(backend: str | None = None) -> Callable[..., Any]:
+    """`flash_sparse_attn_func` bound to a backend.
+
+    Args:
+        backend: ``"cuda"``, ``"triton"``, ``"flex"``, ``"eager"``, or ``None`` for the best for each call.
+
+    Raises:
+        ValueError: The name is unknown.
+        RuntimeError: The backend cannot run on this machine; the message lists the reasons.
+    """
+    dispatch.check_name(backend)
+    if backend is not None and (reasons := dispatch.explain_backends()[backend]):
+        raise RuntimeError(f"backend={backend!r} is not available: " + "; ".join(reasons))
+    return partial(flash_sparse_attn_func, backend=backend)
+
+
+def _problem(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Mask,
+    bias: Tensor | None,
+    softmax_scale: float | None,
+    is_causal: bool | None,
+    softcap: float | None,
+    deterministic: bool | None,
+    packed: PackedSequences | None = None,
+) -> Problem:
+    """Check mask, bias and options of a call with 4-D query, key and value; return its facts."""
+    batch, query_len, heads, _ = query.shape
+    key_len, kv_heads = key.shape[1:3]
+    shape = (batch, heads, query_len, key_len)
+    if isinstance(mask, KeySelection):
+        checks.check_selection(mask, batch, kv_heads, key_len, query.device, packed is not None)
+    elif mask is not None:
+        checks.check_mask(mask, shape, kv_heads, query.device)
+    if bias is not None:
+        checks.check_bias(bias, shape, kv_heads, query)
+    return Problem.of(
+        query,
+        key,
+        value,
+        mask,
+        bias,
+        is_causal=checks.resolve_causality(mask, is_causal),
+        softmax_scale=softmax_scale,
+        softcap=checks.check_softcap(softcap),
+        deterministic=deterministic,
+        packed=packed,
+    )
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast query, key and value take its dtype; bias and scores keep theirs."""
+    if not all(isinstance(tensor, Tensor) and tensor.is_floating_point() for tensor in tensors):
+        return tensors  # left to the checks
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(tensor.to(dtype) for tensor in tensors)
+
+
+def _probabilities(
+    problem: Problem, query: Tensor, key: Tensor, value: Tensor, mask: Mask, bias: Tensor | None
+) -> Tensor:
+    """``[B, H, Q, K]`` by the reference, in the precision of the kernels."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    if isinstance(mask, KeySelection):
+        mask = mask.to_dense(problem.query_len, problem.is_causal)
+    with torch.no_grad():
+        _, _, probs = attention_reference(
+            query.to(dtype),
+            key.to(dtype),
+            value.to(dtype),
+            mask,
+            bias,
+            softmax_scale=problem.softmax_scale,
+            is_causal=problem.is_causal,
+            softcap=problem.softcap,
+        )
+    return probs
+
+
+def _cache_row(mask: Mask, row: int, length: int, capacity: int) -> Mask:
+    """The part of a mask, bias or selection that belongs to one sequence of a cache."""
+    if isinstance(mask, KeySelection):
+        return mask.sequence(row, length)
+    if mask is None:
+        return None
+    part = mask[row : row + 1] if mask.shape[0] > 1 else mask
+    return part[..., :length] if mask.shape[-1] == capacity else part

@@ -1,0 +1,80 @@
+"""Which backend runs a call, and why the others cannot.
+
+A backend is a module with three functions:
+
+* ``unavailable() -> list[str]``: reasons why it cannot run on this machine at all;
+* ``unsupported(problem) -> list[str]``: reasons why it cannot run this call;
+* ``attention(problem, query, key, value, mask, bias) -> (out, lse)``.
+
+A named backend runs or raises with its reasons; only ``backend=None`` chooses.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from functools import lru_cache
+from types import ModuleType
+
+from .problem import Problem
+
+# Fastest first.
+_MODULES = {
+    "cuda": ".backends.triton",
+    "triton": ".backends.triton",
+    "flex": ".backends.flex",
+    "eager": ".backends.eager",
+}
+
+
+def _backend(name: str) -> ModuleType:
+    return importlib.import_module(_MODULES[name], __package__)
+
+
+def check_name(backend: str | None) -> None:
+    """`backend` is ``None`` or the name of a backend."""
+    if backend is not None and backend not in _MODULES:
+        raise ValueError(
+            f"backend: expected one of {', '.join(_MODULES)} or None (the best available), got {backend!r}"
+        )
+
+
+def explain_backends() -> dict[str, list[str]]:
+    """Every backend with the reasons why it cannot run on this machine; no reasons: it can."""
+    return {name: _backend(name).unavailable() for name in _MODULES}
+
+
+def get_available_backends() -> list[str]:
+    """Names of the backends that can run on this machine, fastest first."""
+    return [name for name, reasons in explain_backends().items() if not reasons]
+
+
+def choose(problem: Problem, backend: str | None = None) -> ModuleType:
+    """The backend for a call: the named one, or the first that supports it.
+
+    Raises:
+        ValueError: The name is unknown.
+        RuntimeError: The named backend cannot run here or cannot run this call.
+    """
+    check_name(backend)
+    if backend is not None:
+        module = _backend(backend)
+        if reasons := module.unavailable() or module.unsupported(problem):
+            listed = "".join(f"\n  - {reason}" for reason in reasons)
+            raise RuntimeError(f"backend={backend!r} cannot run this call ({problem}):{listed}")
+        return module
+    for name in _MODULES:
+        module = _backend(name)
+        if not module.unavailable() and not module.unsupported(problem):
+            if name == "eager" and problem.device.type == "cuda":
+                _warn_eager_on_gpu(tuple(_backend("triton").unavailable() or _backend("triton").unsupported(problem)))
+            return module
+    raise AssertionError("the eager backend supports every checked call")
+
+
+@lru_cache(maxsize=None)
+def _warn_eager_on_gpu(reasons: tuple[str, ...]) -> None:
+    """Once for every set of reasons."""
+    warnings.warn(
+        "attention runs on the eager backend, which is slow on a GPU: " + "; ".join(reasons), stacklevel=5
+    )

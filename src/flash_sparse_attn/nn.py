@@ -1,0 +1,411 @@
+"""Dynamic mask attention as a layer: one learned score per key decides which keys are worth reading."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import checks
+from .attention import dynamic_mask_attn_func, dynamic_mask_attn_varlen_func
+from .selection import MODES, sequence_bounds
+from .window_cache import WindowCache
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+SCORE_ACTIVATIONS = ("softplus", "exp")
+
+
+class AttentionOptions(TypedDict, total=False):
+    """Options of `DynamicMaskAttention` that go to `dynamic_mask_attn_func` as they are."""
+
+    mode: str
+    is_causal: bool | None
+    keep_first: int
+    keep_recent: int
+    softmax_scale: float | None
+    softcap: float | None
+    backend: str | None
+
+
+class DynamicMaskAttention(nn.Module):
+    """Self-attention in which every query reads the ``W`` best-scored keys of its causal prefix.
+
+    The score of a key is ``A * softplus(dt_proj(v_proj(x)))``, one number per KV head. It chooses
+    the keys and is added to their logits, which is how it learns. ``A`` starts at 0: all scores are
+    equal, the newer key wins ties, and the untrained layer is a sliding window. Parameters have the
+    names and shapes of Doge in Transformers.
+
+    Scores are computed in fp32, outside autocast, straight from `hidden_states`: a matrix product
+    may give a token other last bits in another batch, and the last bit can decide a choice. The
+    weights of `dt_proj` and `v_proj` are folded into one row per KV head, and products are summed
+    in an order that depends on `hidden_size` alone. So the same hidden state has the same score,
+    bit for bit, in training, prefill and decoding. `v_proj` and `dt_proj` have to stay plain linear
+    layers (merge adapters before use), because their weights are read directly.
+
+    Args:
+        hidden_size: Width of `hidden_states`.
+        num_heads: Query heads ``H``.
+        window_size: ``W >= 1``, the number of keys that a query reads.
+        num_kv_heads: Key-value heads ``Hkv``, a divisor of ``H``; default ``H``.
+        head_dim: Head dimension ``D <= 256``; default ``hidden_size // num_heads``.
+        qk_norm: RMS-normalise queries and keys per head.
+        rope_theta: Base of the rotary embedding of queries and keys, e.g. 10000.0; default: none.
+        score_activation: ``"softplus"``, or ``"exp"`` for ``exp(A * softplus(...))`` as in
+            Transformers' Doge.
+        bias: Whether the projections have biases.
+        **attention: `AttentionOptions`: `mode`, `is_causal`, `keep_first`, `keep_recent`,
+            `softmax_scale`, `softcap` and `backend` of `dynamic_mask_attn_func`.
+
+    Raises:
+        TypeError, ValueError: An argument has a wrong type or value.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        window_size: int,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        qk_norm: bool = False,
+        rope_theta: float | None = None,
+        score_activation: str = "softplus",
+        bias: bool = False,
+        **attention: Unpack[AttentionOptions],
+    ) -> None:
+        super().__init__()
+        checks.check_count("hidden_size", hidden_size, 1)
+        checks.check_count("num_heads", num_heads, 1)
+        checks.check_count("window_size", window_size, 1)
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        checks.check_count("num_kv_heads", num_kv_heads, 1)
+        if num_heads % num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads: expected a divisor of num_heads = {num_heads}, got {num_kv_heads}"
+            )
+        if head_dim is None:
+            if hidden_size % num_heads:
+                raise ValueError(
+                    f"head_dim: num_heads = {num_heads} does not divide hidden_size = {hidden_size}; "
+                    "pass head_dim"
+                )
+            head_dim = hidden_size // num_heads
+        checks.check_count("head_dim", head_dim, 1)
+        if head_dim > checks.MAX_HEAD_DIM:
+            raise ValueError(f"head_dim: expected at most {checks.MAX_HEAD_DIM}, got {head_dim}")
+        if rope_theta is not None and (head_dim % 2 or rope_theta <= 0):
+            raise ValueError(
+                f"rope_theta: expected a positive base and an even head_dim, got {rope_theta} and "
+                f"head_dim = {head_dim}"
+            )
+        if score_activation not in SCORE_ACTIVATIONS:
+            raise ValueError(
+                f"score_activation: expected one of {', '.join(SCORE_ACTIVATIONS)}, got "
+                f"{score_activation!r}"
+            )
+        _check_options(attention)
+
+        self.hidden_size = hidden_size
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.window_size = window_size
+        self.rope_theta = rope_theta
+        self.score_activation = score_activation
+        self.attention = attention
+
+        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
+        self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=bias)
+        self.q_norm = nn.RMSNorm(head_dim, eps=1e-6) if qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(head_dim, eps=1e-6) if qk_norm else nn.Identity()
+        self.A = nn.Parameter(torch.zeros(num_kv_heads))
+        self.dt_proj = nn.Linear(num_kv_heads * head_dim, num_kv_heads, bias=bias)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        position_ids: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        cache: WindowCache | None = None,
+    ) -> Tensor:
+        """Attend within each sequence.
+
+        Args:
+            hidden_states: ``[B, S, hidden_size]``; packed ``[T, hidden_size]`` or ``[1, T, ...]``.
+            position_ids: Integer ``[B, S]`` or ``[1, S]`` (packed: ``[T]`` or ``[1, T]``) for the
+                rotary embedding. Default: the number of real tokens before the token.
+            key_mask: Bool ``[B, S]``, True for real tokens, padding left or right. Rows of padding
+                are computed and mean nothing.
+            cu_seqlens: int32 ``[N + 1]``, borders of packed sequences, which do not see each other.
+            cache: From `make_cache`. The tokens continue the cached text and are added to it.
+
+        Returns:
+            A tensor in the shape of `hidden_states`.
+
+        Raises:
+            TypeError, ValueError: An argument has a wrong type, shape, dtype, device or value, or
+                arguments exclude each other. The cache is unchanged.
+        """
+        if cu_seqlens is not None and (key_mask is not None or cache is not None):
+            raise ValueError(
+                "cu_seqlens: expected no key_mask and no cache with packed sequences; drop the "
+                "padding, and decode in a batch"
+            )
+        form = "[T, hidden_size]" if hidden_states.dim() == 2 else "[B, S, hidden_size]"
+        checks.check_tensor("hidden_states", hidden_states, form)
+        if hidden_states.shape[-1] != self.hidden_size:
+            raise ValueError(
+                f"hidden_states: expected {form} with hidden_size = {self.hidden_size}, got "
+                f"{tuple(hidden_states.shape)}"
+            )
+        shape = hidden_states.shape
+        if cu_seqlens is not None:
+            if len(shape) == 3 and shape[0] != 1:
+                raise ValueError(
+                    f"hidden_states: expected [T, hidden_size] or [1, T, hidden_size] with "
+                    f"cu_seqlens, got {tuple(shape)}"
+                )
+            hidden_states = hidden_states.reshape(-1, self.hidden_size)
+            checks.check_cu_seqlens("cu_seqlens", cu_seqlens, len(hidden_states), hidden_states.device)
+        elif len(shape) == 2:
+            raise ValueError(
+                f"hidden_states: expected [B, S, hidden_size], got {tuple(shape)}; pass cu_seqlens "
+                "for packed sequences"
+            )
+        if key_mask is not None:
+            checks.check_key_mask(key_mask, tuple(shape[:2]), hidden_states.device)
+        if cache is not None:
+            self._check_cache(cache, shape[0])
+
+        value = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
+        query = self.q_norm(self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim)))
+        key = self.k_norm(self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim)))
+        if self.rope_theta is not None:
+            if position_ids is None:
+                position_ids = _positions(hidden_states, key_mask, cu_seqlens, cache)
+            else:
+                position_ids = self._check_positions(position_ids, hidden_states)
+            query, key = (_rotate(x, position_ids, self.rope_theta) for x in (query, key))
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        scores = self.scores(hidden_states)
+
+        options: dict[str, Any] = dict(self.attention)
+        if cache is not None:
+            options = {k: v for k, v in options.items() if k in ("softmax_scale", "softcap", "backend")}
+            out = cache.step(query, key, value, scores, key_mask=key_mask, **options)
+        elif cu_seqlens is None:
+            out = dynamic_mask_attn_func(
+                query, key, value, scores, self.window_size, key_mask=key_mask, **options
+            )
+        else:
+            longest = _longest(cu_seqlens, len(query))
+            out = dynamic_mask_attn_varlen_func(
+                query, key, value, scores, cu_seqlens, cu_seqlens, longest, longest,
+                self.window_size, **options,
+            )  # fmt: skip
+        return self.o_proj(out.flatten(-2)).view(shape)
+
+    def scores(self, hidden_states: Tensor) -> Tensor:
+        """The score of every key, fp32 ``[B, Hkv, S]`` (packed ``[Hkv, T]``), differentiable.
+
+        Equal to ``A * softplus(dt_proj(v_proj(x)))`` up to rounding; its bits depend on the token's
+        hidden state and the parameters only.
+        """
+        for name in ("v_proj", "dt_proj"):
+            if not isinstance(getattr(self, name), nn.Linear):
+                raise TypeError(
+                    f"{name}: expected nn.Linear, got {type(getattr(self, name)).__name__}: its weight "
+                    "is folded into the scores, so an adapter would act on the values but not on the "
+                    "scores; merge it first"
+                )
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            rows = self.dt_proj.weight.float()
+            weight = rows @ self.v_proj.weight.float()
+            offset = weight.new_zeros(len(weight))
+            if self.v_proj.bias is not None:
+                offset = offset + rows @ self.v_proj.bias.float()
+            if self.dt_proj.bias is not None:
+                offset = offset + self.dt_proj.bias.float()
+        exponential = self.score_activation == "exp"
+        return _key_scores(hidden_states, weight, offset, self.A.float(), exponential)[0]
+
+    def make_cache(
+        self,
+        batch_size: int,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> WindowCache:
+        """An empty `WindowCache` for this layer; default dtype and device are those of `v_proj`.
+
+        Under autocast pass its dtype. With a `mode` other than ``"causal"`` there is none.
+        """
+        weight = self.v_proj.weight
+        return WindowCache(
+            batch_size,
+            self.num_kv_heads,
+            self.head_dim,
+            self.window_size,
+            keep_first=self.attention.get("keep_first", 0),
+            keep_recent=self.attention.get("keep_recent", 0),
+            dtype=weight.dtype if dtype is None else dtype,
+            device=weight.device if device is None else device,
+            mode=self.attention.get("mode", "causal"),
+        )
+
+    def extra_repr(self) -> str:
+        options = "".join(f", {name}={value!r}" for name, value in self.attention.items())
+        return (
+            f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
+            f"window_size={self.window_size}, rope_theta={self.rope_theta}, "
+            f"score_activation={self.score_activation!r}{options}"
+        )
+
+    def _check_cache(self, cache: WindowCache, batch: int) -> None:
+        if not isinstance(cache, WindowCache):
+            raise TypeError(f"cache: expected a WindowCache, got {type(cache).__name__}; use make_cache()")
+        own = (
+            self.attention.get("mode", "causal"),
+            batch,
+            self.window_size,
+            self.attention.get("keep_first", 0),
+            self.attention.get("keep_recent", 0),
+        )
+        got = ("causal", len(cache.key), cache.window_size, cache.keep_first, cache.keep_recent)
+        if own != got:
+            raise ValueError(
+                "cache: expected one for (mode, batch, window_size, keep_first, keep_recent) = "
+                f"{own}, got {got}; use make_cache()"
+            )
+
+    def _check_positions(self, position_ids: Tensor, hidden_states: Tensor) -> Tensor:
+        """Positions that broadcast over ``hidden_states[..., 0]``."""
+        expected = hidden_states.shape[:-1]
+        if isinstance(position_ids, Tensor) and not position_ids.is_floating_point():
+            if len(expected) == 1 and position_ids.shape == (1, *expected):
+                return position_ids[0]
+            if position_ids.shape in (expected, (1, *expected[1:])):
+                return position_ids
+        got = tuple(position_ids.shape) if isinstance(position_ids, Tensor) else type(position_ids)
+        raise ValueError(
+            f"position_ids: expected an integer tensor of shape {tuple(expected)}, or with one row for "
+            f"all, got {got}; give every token its position"
+        )
+
+
+def _check_options(attention: AttentionOptions) -> None:
+    unknown = attention.keys() - AttentionOptions.__annotations__.keys()
+    if unknown:
+        raise TypeError(
+            f"unknown arguments {sorted(unknown)}; expected any of {list(AttentionOptions.__annotations__)}"
+        )
+    mode = attention.get("mode", "causal")
+    if mode not in MODES:
+        raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
+    if mode != "causal" and attention.get("is_causal") is None:
+        raise ValueError(f"is_causal: expected True or False with mode={mode!r}, got None")
+    if mode == "causal" and attention.get("is_causal") is False:
+        raise ValueError("is_causal: expected None or True with mode='causal', got False")
+    checks.check_count("keep_first", attention.get("keep_first", 0), 0)
+    checks.check_count("keep_recent", attention.get("keep_recent", 0), 0)
+    checks.check_softcap(attention.get("softcap"))
+
+
+def _positions(
+    hidden_states: Tensor,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    cache: WindowCache | None,
+) -> Tensor:
+    """The number of real tokens before each token of its sequence, ``[B, S]``, ``[1, S]`` or ``[T]``."""
+    length, device = hidden_states.shape[-2], hidden_states.device
+    index = torch.arange(length, device=device)
+    if cu_seqlens is not None:
+        return index - sequence_bounds(cu_seqlens, length)[0]
+    position = index[None] if key_mask is None else (key_mask.cumsum(-1) - 1).clamp(min=0)
+    return position if cache is None else cache.seen_tokens[:, None] + position
+
+
+def _rotate(x: Tensor, position: Tensor, theta: float) -> Tensor:
+    """Rotary embedding of ``[..., S, heads, D]`` in fp32: dimensions ``d`` and ``d + D / 2`` are a pair."""
+    half = x.shape[-1] // 2
+    frequency = theta ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angle = position[..., None, None].float() * frequency
+    first, second = x.float().split(half, dim=-1)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def _longest(cu_seqlens: Tensor, total: int) -> int:
+    """The longest sequence, or on a GPU, where reading it would be a sync, the bound `total`."""
+    if checks.looks_at_values(cu_seqlens) and len(cu_seqlens) > 1:
+        return int(cu_seqlens.diff().max())
+    return total
+
+
+@torch.library.custom_op(
+    "flash_sparse_attn::key_scores",
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor weight, Tensor offset, Tensor A, bool exponential) -> (Tensor, Tensor)",
+)
+def _key_scores(hidden, weight, offset, A, exponential):
+    """Scores and logits, fp32 ``[..., Hkv, S]``, of ``hidden [..., S, N]``; ``weight [Hkv, N]``.
+
+    An operator of its own, so that a compiler cannot contract or reorder the sums. Products are
+    added in halves, element by element: correctly rounded operations in an order fixed by ``N``.
+    """
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    # Parts that stay in a processor's cache, or that fill a GPU without needing gigabytes.
+    part = max(1, (1 << (18 if hidden.device.type == "cpu" else 25)) // weight.numel())
+    logits = [_sum_in_halves(chunk.float()[:, None] * weight) for chunk in rows.split(part)]
+    logit = torch.cat(logits).view(*hidden.shape[:-1], -1) + offset
+    logit = logit.transpose(-1, -2).contiguous()
+    # Not F.softplus: on CPUs its vector body and its scalar tail round differently.
+    score = A[:, None] * (logit.clamp(min=0) + torch.log1p(torch.exp(-logit.abs())))
+    return torch.exp(score) if exponential else score, logit
+
+
+def _sum_in_halves(terms: Tensor) -> Tensor:
+    """Sum the last dimension in place, adding the upper half to the lower until one is left."""
+    size = terms.shape[-1]
+    while size > 1:
+        half = 1 << ((size - 1).bit_length() - 1)
+        terms[..., : size - half] += terms[..., half:size]
+        size = half
+    return terms[..., 0]
+
+
+@_key_scores.register_fake
+def _(hidden, weight, offset, A, exponential):
+    shape = (*hidden.shape[:-2], weight.shape[0], hidden.shape[-2])
+    return weight.new_empty(shape), weight.new_empty(shape)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    hidden, weight, _, A, ctx.exponential = inputs
+    ctx.save_for_backward(hidden, weight, A, *output)
+
+
+def _backward(ctx, grad_score, _):
+    """Plain matrix products: a gradient need not have the same bits in every batch."""
+    hidden, weight, A, score, logit = ctx.saved_tensors
+    with torch.autocast(hidden.device.type, enabled=False):
+        grad = grad_score * score if ctx.exponential else grad_score
+        grad_A = (grad * F.softplus(logit)).transpose(-1, -2).flatten(0, -2).sum(0)
+        grad_logit = (grad * A[:, None] * torch.sigmoid(logit)).transpose(-1, -2)
+        flat = grad_logit.flatten(0, -2)
+        grad_weight = flat.t() @ hidden.flatten(0, -2).float()
+        grad_hidden = (grad_logit @ weight).to(hidden.dtype)
+    return grad_hidden, grad_weight, flat.sum(0), grad_A, None
+
+
+_key_scores.register_autograd(_backward, setup_context=_setup_context)

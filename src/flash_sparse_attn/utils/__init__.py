@@ -1,0 +1,1 @@
+"""Helpers around attention that the predecessors shipped: dense masks and padding."""

@@ -1,0 +1,417 @@
+"""Exact decoding state of constant size: the keys that later queries can still see, and no others.
+
+A score does not depend on the query, so a key that ``W`` better keys have overtaken is invisible
+for ever. What a query sees therefore depends on the survivors alone: at most ``window_size +
+keep_first + keep_recent`` keys per KV head, however long the text. A step costs O(W) time and no
+new memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .attention import flash_sparse_attn_func
+from .selection import NEVER, KeySelection, order_key, select_keys
+
+_TENSORS = ("key", "value", "score", "position", "seen_tokens", "evicted_at")
+_SIZES = ("window_size", "keep_first", "keep_recent")
+
+
+class WindowCache:
+    """Keys, values, scores and positions of the survivors of a text that is read once, in order.
+
+    The cache gives what `dynamic_mask_attn_func` gives over the whole text with the same scores,
+    whatever the lengths of the pieces the text arrives in; ``mode="causal"`` only. The bias is the
+    score. Every batch entry and KV head keeps its own survivors. The stored state carries no
+    graph: a step is differentiable in its own arguments, not in those of earlier calls.
+
+    Attributes:
+        key: ``[B, Hkv, C, D]``, the survivors' keys in slots ordered by position; empty slots hold
+            zeros. ``C = window_size + keep_first + keep_recent``.
+        value: ``[B, Hkv, C, D]``.
+        score: fp32 ``[B, Hkv, C]``.
+        position: int64 ``[B, Hkv, C]``, the number of real tokens before the key; -1: empty slot.
+        seen_tokens: int64 ``[B]``, the number of real tokens read.
+        evicted_at: int64 ``[B]``, the value of `seen_tokens` when a key was last evicted.
+
+    Args:
+        batch_size: Number of sequences ``B``.
+        num_kv_heads: Number of key-value heads ``Hkv``.
+        head_dim: Head dimension ``D <= 256``.
+        window_size: ``W``, the number of best keys that a query sees.
+        keep_first: First tokens that stay visible for ever, on top of the ``W``.
+        keep_recent: Newest tokens that are visible whatever their score, on top of the ``W``.
+        dtype: dtype of keys and values; default: torch's default dtype.
+        device: Device of the state; default: torch's default device.
+        mode: ``"causal"``; the others are refused with the reason.
+    """
+
+    key: Tensor
+    value: Tensor
+    score: Tensor
+    position: Tensor
+    seen_tokens: Tensor
+    evicted_at: Tensor
+
+    def __init__(
+        self,
+        batch_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        window_size: int,
+        *,
+        keep_first: int = 0,
+        keep_recent: int = 0,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        mode: str = "causal",
+    ) -> None:
+        if mode != "causal":
+            raise ValueError(
+                f"mode: a WindowCache serves 'causal' only, got {mode!r}: there a key that leaves the "
+                "window never returns and can be forgotten. 'shared' ranks the whole text, later "
+                "tokens included, and 'relu' has no bound; keep all keys for them"
+            )
+        checks.check_count("batch_size", batch_size, 1)
+        checks.check_count("num_kv_heads", num_kv_heads, 1)
+        checks.check_count("head_dim", head_dim, 1)
+        checks.check_count("window_size", window_size, 1)
+        checks.check_count("keep_first", keep_first, 0)
+        checks.check_count("keep_recent", keep_recent, 0)
+        if head_dim > checks.MAX_HEAD_DIM:
+            raise ValueError(f"head_dim: expected at most {checks.MAX_HEAD_DIM}, got {head_dim}")
+        dtype = _float_dtype(dtype or torch.get_default_dtype())
+
+        self.window_size = window_size
+        self.keep_first = keep_first
+        self.keep_recent = keep_recent
+        slots = (batch_size, num_kv_heads, window_size + keep_first + keep_recent)
+        self.key = torch.zeros(*slots, head_dim, dtype=dtype, device=device)
+        self.value = torch.zeros_like(self.key)
+        self.score = torch.zeros(slots, dtype=torch.float32, device=device)
+        self.position = torch.full(slots, -1, dtype=torch.int64, device=device)
+        self.seen_tokens = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.evicted_at = torch.zeros_like(self.seen_tokens)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole state. They do not depend on the length of the text."""
+        return sum(getattr(self, name).nbytes for name in _TENSORS)
+
+    def prefill(
+        self, key: Tensor, value: Tensor, scores: Tensor, *, key_mask: Tensor | None = None
+    ) -> None:
+        """Read tokens without attending: a prompt at once, or chunk by chunk with constant memory.
+
+        Args:
+            key: ``[B, T, Hkv, D]`` in the dtype and on the device of the cache.
+            value: ``[B, T, Hkv, D]``.
+            scores: fp16, bf16 or fp32 ``[B, Hkv, T]``.
+            key_mask: Bool ``[B, T]``, True for real tokens. Padding is never stored.
+
+        Raises:
+            TypeError, ValueError: An argument has a wrong type, shape, dtype, device or value. The
+                cache is unchanged.
+        """
+        self._check(key, value, scores, key_mask)
+        score, position, seen = self._candidates(scores, key_mask)
+        self._commit(key, value, score, position, seen, self._kept(score, position, seen))
+
+    def step(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scores: Tensor,
+        *,
+        key_mask: Tensor | None = None,
+        softmax_scale: float | None = None,
+        softcap: float | None = None,
+        return_lse: bool = False,
+        backend: str | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attend from the next ``T`` tokens, as over the whole text, then read them.
+
+        A key that is worse than ``W`` survivors when it arrives is neither stored nor visible, not
+        even to its own query, unless `keep_first` or `keep_recent` holds it.
+
+        Args:
+            query: ``[B, T, H, D]`` with ``H`` a multiple of ``Hkv``, dtype and device of the cache.
+            key: ``[B, T, Hkv, D]``.
+            value: ``[B, T, Hkv, D]``.
+            scores: fp16, bf16 or fp32 ``[B, Hkv, T]``; they select and are the bias.
+            key_mask: Bool ``[B, T]``, True for real tokens. Rows of padding see the text so far.
+            softmax_scale: Factor of ``q k``; default ``D ** -0.5``.
+            softcap: Cap of the logits before the bias; ``None`` or 0.0 is off.
+            return_lse: Also return the log-sum-exp of the logits.
+            backend: ``"eager"``, ``"triton"``, ...; default: the best available.
+
+        Returns:
+            ``[B, T, H, D]``, and with `return_lse` the fp32 ``[B, H, T]``.
+
+        Raises:
+            TypeError, ValueError: An argument has a wrong type, shape, dtype, device or value. The
+                cache is unchanged.
+        """
+        self._check(key, value, scores, key_mask)
+        checks.check_qkv(query, key, value)
+        score, position, seen = self._candidates(scores, key_mask)
+        kept = self._kept(score, position, seen)
+        expiry = self._expiry(score, position, kept)
+        start = torch.arange(score.shape[1], dtype=torch.int32, device=score.device)
+        selection = KeySelection(
+            start=start.expand(expiry.shape)[:, None].contiguous(),
+            expiry=expiry[:, None],
+            score=score.detach()[:, None],
+            mode="causal",
+            key_mask=None,
+            cu_seqlens=None,
+            **self._sizes(),
+        )
+
+        # Survivors differ from head to head: each (batch entry, KV head) is a batch entry here.
+        batch, length, heads, head_dim = query.shape
+        kv_heads = key.shape[2]
+        result = flash_sparse_attn_func(
+            query.unflatten(2, (kv_heads, -1)).transpose(1, 2).flatten(0, 1),
+            _join(self.key, key),
+            _join(self.value, value),
+            selection,
+            score[:, None, None],
+            softmax_scale,
+            softcap=softcap,
+            return_lse=return_lse,
+            backend=backend,
+        )
+        self._commit(key, value, score, position, seen, kept)
+
+        out, lse = result if return_lse else (result, None)
+        out = out.unflatten(0, (batch, kv_heads)).transpose(1, 2).reshape(query.shape)
+        return out if lse is None else (out, lse.reshape(batch, heads, length))
+
+    def crop(self, length: int) -> None:
+        """Forget all but the first `length` real tokens of every sequence (rejected guesses).
+
+        Raises:
+            ValueError: A key was evicted after that. It would have to return, and it is gone.
+        """
+        checks.check_count("length", length, 0)
+        latest = int(self.evicted_at.max())
+        if length < latest:
+            raise ValueError(
+                f"length: cannot roll back to {length} tokens: a key was evicted at token {latest} "
+                "and its memory is gone, but it would be visible again; keep a copy of the cache "
+                "from before the guesses (copy.deepcopy), or read the text again"
+            )
+        self._erase(self.position >= length)
+        self.seen_tokens.clamp_(max=length)
+
+    def reorder(self, index: Tensor) -> None:
+        """Let batch entry ``b`` continue what was entry ``index[b]`` (beam search).
+
+        Args:
+            index: int32 or int64 ``[B']``. Another length than ``B`` changes the batch size.
+
+        Raises:
+            TypeError, ValueError: Not an integer vector, on another device, or out of range (CPU).
+        """
+        checks.check_tensor("index", index, "[B]")
+        if index.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"index: expected int32 or int64 batch entries, got {index.dtype}")
+        if index.device != self.key.device:
+            raise ValueError(
+                f"index: expected device {self.key.device}, got {index.device}; move it"
+            )
+        batch = len(self.key)
+        if checks.looks_at_values(index) and bool(((index < 0) | (index >= batch)).any()):
+            raise ValueError(
+                f"index: expected batch entries 0 ... {batch - 1}, got {index.tolist()}"
+            )
+        for name in _TENSORS:
+            state = getattr(self, name)
+            moved = state.index_select(0, index)
+            # In place where possible, so that captured graphs keep their addresses.
+            setattr(self, name, state.copy_(moved) if len(index) == batch else moved)
+
+    def reset(self) -> None:
+        """Forget the text; the memory stays."""
+        self._erase(torch.ones_like(self.position, dtype=torch.bool))
+        self.seen_tokens.zero_()
+        self.evicted_at.zero_()
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> WindowCache:
+        """Move the state, in place, and return self. `dtype` is for keys and values alone."""
+        for name in _TENSORS:
+            kind = _float_dtype(dtype) if dtype and name in ("key", "value") else None
+            setattr(self, name, getattr(self, name).to(device=device, dtype=kind))
+        return self
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copies of all tensors, and the three window sizes."""
+        return {name: getattr(self, name).clone() for name in _TENSORS} | self._sizes()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` of a cache of the same shape and window sizes gave.
+
+        Raises:
+            ValueError: An entry is missing or unknown, or differs in size. The cache is unchanged.
+        """
+        if set(state) != {*_TENSORS, *_SIZES}:
+            raise ValueError(f"state: expected {[*_TENSORS, *_SIZES]}, got {list(state)}")
+        for name in (*_SIZES, *_TENSORS):
+            own, new = getattr(self, name), state[name]
+            own, new = (own.shape, new.shape) if name in _TENSORS else (own, new)
+            if own != new:
+                raise ValueError(f"state: expected {name} {own} as in this cache, got {new}")
+        for name in _TENSORS:
+            getattr(self, name).copy_(state[name])
+
+    def __repr__(self) -> str:
+        batch, kv_heads, capacity, head_dim = self.key.shape
+        sizes = ", ".join(f"{name}={size}" for name, size in self._sizes().items() if size)
+        return (
+            f"WindowCache(B={batch}, Hkv={kv_heads}, D={head_dim}, {sizes}, {capacity} slots, "
+            f"{self.nbytes} bytes, {self.key.dtype}, device={self.key.device})"
+        )
+
+    def _sizes(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in _SIZES}
+
+    def _check(self, key: Tensor, value: Tensor, scores: Tensor, key_mask: Tensor | None) -> None:
+        """The new tokens fit this cache."""
+        batch, kv_heads, _, head_dim = self.key.shape
+        for name, tensor in (("key", key), ("value", value)):
+            checks.check_tensor(name, tensor, "[B, T, Hkv, D]")
+            expected = (batch, key.shape[1], kv_heads, head_dim)
+            if tensor.shape != expected:
+                raise ValueError(
+                    f"{name}: expected [B, T, Hkv, D] = {expected} as in the cache, got "
+                    f"{tuple(tensor.shape)}"
+                )
+            if tensor.dtype != self.key.dtype:
+                raise TypeError(
+                    f"{name}: expected the dtype of the cache, {self.key.dtype}, got {tensor.dtype}; "
+                    "cast it, or make the cache with this dtype"
+                )
+            if tensor.device != self.key.device:
+                raise ValueError(
+                    f"{name}: expected the device of the cache, {self.key.device}, got "
+                    f"{tensor.device}; move one of them with .to()"
+                )
+        checks.check_scores(scores, key)
+        if scores.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            raise TypeError(
+                f"scores: expected float16, bfloat16 or float32 (the cache keeps float32), got "
+                f"{scores.dtype}; use .float()"
+            )
+        checks.check_selection_arguments(
+            scores, self.window_size, "causal", ("causal",), key_mask, None, 0, 0
+        )
+
+    def _candidates(self, scores: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """``[survivors | new tokens]``: scores and positions ``[B * Hkv, C + T]``; seen ``[B]``."""
+        if key_mask is None:
+            key_mask = torch.ones_like(scores[:, 0], dtype=torch.bool)
+        count = self.seen_tokens[:, None] + key_mask.cumsum(-1)
+        position = torch.where(key_mask, count - 1, -1)[:, None].expand(scores.shape)
+        return (
+            torch.cat([self.score, scores.float()], dim=-1).flatten(0, 1),
+            torch.cat([self.position, position], dim=-1).flatten(0, 1),
+            self.seen_tokens + key_mask.sum(-1),
+        )
+
+    def _kept(self, score: Tensor, position: Tensor, seen: Tensor) -> Tensor:
+        """The candidates that a query after `seen` real tokens can see, bool ``[B * Hkv, C + T]``."""
+        occupied = position >= 0
+        # One integer holds the order, score before position: candidates stand by position.
+        index = torch.arange(score.shape[-1], device=score.device)
+        order = torch.where(occupied, order_key(score.detach()).long(), -(2**31)) * 2**32 + index
+        best = order.topk(self.window_size, dim=-1, sorted=False).values
+        kept = order >= best.amin(-1, keepdim=True)
+        kept |= position < self.keep_first
+        kept |= position >= self._rows(seen) - self.keep_recent
+        return kept & occupied
+
+    def _expiry(self, score: Tensor, position: Tensor, kept: Tensor) -> Tensor:
+        """Until when the new queries, at ``C ... C + T - 1``, see each candidate; int32."""
+        capacity, total = self.key.shape[2], score.shape[-1]
+        index = torch.arange(total, dtype=torch.int32, device=score.device)
+        if total == capacity + 1:  # a single query sees exactly what is kept
+            return torch.where(kept, NEVER, index)
+        occupied = position >= 0
+        expiry = select_keys(score[:, None], self.window_size, key_mask=occupied).expiry[:, 0]
+        expiry = torch.where(position < self.keep_first, NEVER, expiry)
+        if self.keep_recent:
+            # A key stops being recent when the new real token of this number (from 1) arrives.
+            number = position + self.keep_recent - self._rows(self.seen_tokens) + 1
+            arrived = occupied[:, capacity:].cumsum(-1)
+            expiry = torch.maximum(expiry, capacity + torch.searchsorted(arrived, number).int())
+        expiry = torch.where(expiry < total, expiry, NEVER)
+        return torch.where(occupied, expiry, index)
+
+    @torch.no_grad()
+    def _commit(
+        self,
+        key: Tensor,
+        value: Tensor,
+        score: Tensor,
+        position: Tensor,
+        seen: Tensor,
+        kept: Tensor,
+    ) -> None:
+        """Make the kept candidates the survivors, in the order of their positions."""
+        batch, kv_heads, capacity, _ = self.key.shape
+        total = score.shape[-1]
+        if total == capacity:
+            return
+        # A newest token that is not kept was never visible: losing it takes nothing from the past.
+        lost = (position >= 0) & ~kept & (position < self._rows(seen) - 1)
+        evicted = lost.view(batch, -1).any(-1)
+
+        rank = torch.arange(1, capacity + 1, device=score.device).expand(len(score), -1)
+        source = torch.searchsorted(kept.cumsum(-1), rank.contiguous())
+        empty = source == total
+        source = source.clamp(max=total - 1)
+        self.score.copy_(score.gather(1, source).masked_fill(empty, 0.0).view_as(self.score))
+        self.position.copy_(
+            position.gather(1, source).masked_fill(empty, -1).view_as(self.position)
+        )
+
+        source = source.view_as(self.position)
+        is_new, empty = source >= capacity, empty.view_as(self.position)
+        entry = torch.arange(batch, device=score.device)[:, None, None]
+        head = torch.arange(kv_heads, device=score.device)[:, None]
+        for state, new in ((self.key, key), (self.value, value)):
+            old = state[entry, head, source.clamp(max=capacity - 1)]
+            new = new[entry, (source - capacity).clamp(min=0), head]
+            state.copy_(torch.where(is_new[..., None], new, old).masked_fill(empty[..., None], 0.0))
+        self.seen_tokens.copy_(seen)
+        self.evicted_at.copy_(torch.where(evicted, seen, self.evicted_at))
+
+    def _erase(self, slots: Tensor) -> None:
+        """Empty these slots, bool ``[B, Hkv, C]``."""
+        self.key.masked_fill_(slots[..., None], 0.0)
+        self.value.masked_fill_(slots[..., None], 0.0)
+        self.score.masked_fill_(slots, 0.0)
+        self.position.masked_fill_(slots, -1)
+
+    def _rows(self, per_entry: Tensor) -> Tensor:
+        """``[B]`` as a column for arrays of ``[B * Hkv, C + T]``."""
+        return per_entry[:, None].expand(-1, self.key.shape[1]).reshape(-1, 1)
+
+
+def _join(survivors: Tensor, new: Tensor) -> Tensor:
+    """``[B, Hkv, C, D]`` and ``[B, T, Hkv, D]`` as ``[B * Hkv, C + T, 1, D]``."""
+    return torch.cat([survivors, new.transpose(1, 2)], dim=2).flatten(0, 1).unsqueeze(2)
+
+
+def _float_dtype(dtype: torch.dtype) -> torch.dtype:
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype: expected a floating dtype, got {dtype}")
+    return dtype

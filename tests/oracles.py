@@ -1,0 +1,107 @@
+"""Independent, slow definitions that the fast code is tested against: plain loops, no sharing."""
+
+from __future__ import annotations
+
+import heapq
+import math
+
+import torch
+from torch import Tensor
+
+
+def visible_keys(
+    scores: Tensor,
+    window_size: int,
+    mode: str,
+    *,
+    is_causal: bool = True,
+    key_mask: Tensor | None = None,
+    keep_first: int = 0,
+    keep_recent: int = 0,
+    query_len: int | None = None,
+) -> Tensor:
+    """Which key each query sees, straight from the definition, one query at a time.
+
+    Args:
+        scores: ``[B, Hkv, K]``.
+        key_mask: Bool ``[B, K]``.
+        query_len: Q; query ``i`` stands at ``i + K - Q``. Default K.
+
+    Returns:
+        Bool ``[B, Hkv, Q, K]``.
+    """
+    batch, heads, key_len = scores.shape
+    query_len = key_len if query_len is None else query_len
+    dense = torch.zeros(batch, heads, query_len, key_len, dtype=torch.bool)
+    for b in range(batch):
+        real = [j for j in range(key_len) if key_mask is None or bool(key_mask[b, j])]
+        for h in range(heads):
+            score = scores[b, h].float().tolist()
+            for i in range(query_len):
+                position = i + key_len - query_len
+                past = [j for j in real if j <= position]
+                if mode == "causal":
+                    seen = set(heapq.nlargest(window_size, past, key=lambda j: (_rank(score[j]), j)))
+                elif mode == "shared":
+                    seen = set(heapq.nlargest(window_size, real, key=lambda j: (_rank(score[j]), -j)))
+                else:
+                    seen = {j for j in real if score[j] > 0}
+                seen |= set(real[:keep_first])
+                seen |= set(past[len(past) - min(keep_recent, len(past)) :])
+                if is_causal:
+                    seen = {j for j in seen if j <= position}
+                dense[b, h, i, list(seen)] = True
+    return dense
+
+
+def best_keys(
+    bias: Tensor, allowed: Tensor, window_size: int, newer_wins: bool, min_dtype: float
+) -> Tensor:
+    """The `window_size` best allowed keys of every row of ``[..., K]``, straight from the definition."""
+    bias, allowed = torch.broadcast_tensors(bias.float(), allowed)
+    chosen = torch.zeros(bias.shape, dtype=torch.bool)
+    for row in range(bias.numel() // bias.shape[-1] if bias.numel() else 0):
+        values = bias.reshape(-1, bias.shape[-1])[row].tolist()
+        keys = allowed.reshape(-1, bias.shape[-1])[row].nonzero().flatten().tolist()
+        keys = [j for j in keys if values[j] != min_dtype]
+        best = heapq.nlargest(
+            window_size, keys, key=lambda j: (_rank(values[j]), j if newer_wins else -j)
+        )
+        chosen.view(-1, bias.shape[-1])[row, best] = True
+    return chosen
+
+
+def _rank(score: float) -> tuple[bool, float]:
+    """A sortable score: NaN below everything, -0 equal to +0."""
+    return (False, 0.0) if math.isnan(score) else (True, score)
+
+
+def scores_of_kind(kind: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """fp32 scores of a named shape of data: the cases in which selections go wrong."""
+    if kind == "random":
+        return torch.randn(shape, generator=generator)
+    if kind == "equal":
+        return torch.full(shape, 0.5)
+    if kind == "rising":
+        return torch.arange(math.prod(shape), dtype=torch.float32).view(shape)
+    if kind == "falling":
+        return -torch.arange(math.prod(shape), dtype=torch.float32).view(shape)
+    if kind == "few values":
+        return torch.randint(-2, 3, shape, generator=generator).float()
+    if kind == "zeros of both signs":
+        return torch.where(torch.rand(shape, generator=generator) < 0.5, 0.0, -0.0)
+    if kind == "infinities":
+        values = torch.tensor([-torch.inf, torch.inf, 3.4e38, -3.4e38, 0.0, 1e-45, -1e-45])
+        return values[torch.randint(0, len(values), shape, generator=generator)]
+    raise ValueError(f"kind: no scores called {kind!r}")
+
+
+SCORE_KINDS = (
+    "random",
+    "equal",
+    "rising",
+    "falling",
+    "few values",
+    "zeros of both signs",
+    "infinities",
+)
