@@ -152,7 +152,8 @@ def resolve(python: Path, *arguments: str) -> list[Package]:
         python, "install", "--dry-run", "--quiet", "--timeout", "5", "--retries", "1", "--report", "-",
         *arguments, timeout=180, quiet=True,
     )  # fmt: skip
-    items = json.loads(report)["install"]
+    # Without this project itself, which is a folder.
+    items = [i for i in json.loads(report)["install"] if "dir_info" not in i["download_info"]]
     urls = [item["download_info"]["url"] for item in items]
     with ThreadPoolExecutor(16) as pool:
         sizes = list(pool.map(size_of, urls))

@@ -1,12 +1,16 @@
-"""Independent, slow definitions that the fast code is tested against: plain loops, no sharing."""
+"""What the fast code is tested against: slow definitions in plain loops, and the fp64 reference."""
 
 from __future__ import annotations
 
 import heapq
 import math
+from collections.abc import Callable
 
 import torch
+from compare import assert_fair, largest_error
 from torch import Tensor
+
+from flash_sparse_attn.reference import attention_reference
 
 
 def visible_keys(
@@ -105,3 +109,58 @@ SCORE_KINDS = (
     "zeros of both signs",
     "infinities",
 )
+
+
+def outputs_and_gradients(
+    attend: Callable[..., Tensor], inputs: dict[str, Tensor], grad_out: Tensor
+) -> dict[str, Tensor]:
+    """``out`` of ``attend(**inputs)`` and ``d<name>`` of every input, with fresh leaves."""
+    leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in inputs.items()}
+    out = attend(**leaves)
+    grads = torch.autograd.grad(out, list(leaves.values()), grad_out.to(out.dtype))
+    results = {"out": out.detach()}
+    return results | {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
+
+
+def check_attention(
+    attend: Callable[..., Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    fp64_error: float = 1e-11,
+    **options: object,
+) -> dict[str, Tensor]:
+    """Compare output and all gradients with the fp64 reference, under a random upstream gradient.
+
+    Args:
+        attend: Called with ``query``, ``key``, ``value`` and, if given, ``bias``; returns ``out``.
+        mask: What the reference is to use: bool, 4-D.
+        fp64_error: Allowed when the inputs are fp64; otherwise plain PyTorch sets the measure.
+        options: ``softmax_scale``, ``is_causal`` and ``softcap`` of the reference.
+
+    Returns:
+        The results of `attend`, see `outputs_and_gradients`.
+    """
+    inputs = {"query": query, "key": key, "value": value}
+    if bias is not None:
+        inputs["bias"] = bias
+
+    def reference(query, key, value, bias=None):
+        return attention_reference(query, key, value, mask, bias, **options)[0]
+
+    grad_out = torch.randn(query.shape, generator=torch.Generator().manual_seed(99)).to(query.dtype)
+    results = outputs_and_gradients(attend, inputs, grad_out)
+    exact = {name: tensor.double() for name, tensor in inputs.items()}
+    truth = outputs_and_gradients(reference, exact, grad_out)
+    plain = outputs_and_gradients(reference, inputs, grad_out)
+    for name, result in results.items():
+        if query.dtype == torch.float64:
+            assert largest_error(result, truth[name], name) <= fp64_error
+        else:
+            assert_fair(result, truth[name], plain[name], name)
+    for name, tensor in inputs.items():
+        assert results[f"d{name}"].dtype == tensor.dtype
+    return results

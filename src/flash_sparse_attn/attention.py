@@ -12,7 +12,7 @@ from torch import Tensor
 from . import checks, dispatch
 from .problem import Problem
 from .reference import attention_reference
-from .selection import KeySelection, select_keys
+from .selection import KeySelection
 from .varlen import PackedSequences
 
 Mask = Tensor | KeySelection | None
@@ -35,16 +35,16 @@ def flash_sparse_attn_func(
 ) -> Any:
     """Attention under a mask with a trainable additive bias: work only where the mask is true.
 
-    ``softmax(softmax_scale * q.k + bias, where visible) . v``; visible is mask AND causal, and causal
-    is bottom-right: query ``i`` stands at position ``i + K - Q``. Gradients for query, key, value and
-    bias. A query without a visible key gives 0.
+    ``softmax(softmax_scale * q.k + bias, where visible) . v``; visible is mask AND causal, and
+    causal is bottom-right: query ``i`` stands at position ``i + K - Q``. Gradients for query, key,
+    value and bias. A query without a visible key gives 0.
 
     Args:
         query: ``[B, Q, H, D]``, fp16 or bf16 (eager also fp32, fp64), any strides.
-        key: ``[B, K, Hkv, D]``, ``H % Hkv == 0``; query head ``h`` reads KV head ``h // (H / Hkv)``.
+        key: ``[B, K, Hkv, D]``, ``H % Hkv == 0``; head ``h`` reads KV head ``h // (H / Hkv)``.
         value: ``[B, K, Hkv, D]``.
         attn_mask: Bool ``({1|B}, {1|Hkv|H}, {1|Q}, {1|K})``, True = visible, or a `KeySelection`.
-        attn_bias: fp16, bf16 or fp32 of the same set of shapes, independently chosen. ``-inf`` hides.
+        attn_bias: fp16, bf16 or fp32, of the same set of shapes on its own. ``-inf`` hides.
         softmax_scale: Default ``D ** -0.5``.
         is_causal: ``None`` follows a `KeySelection` and means False for bool masks.
         softcap: ``c`` in ``c * tanh(score / c)``, before the bias; ``None`` or 0.0 is off.
@@ -103,7 +103,7 @@ def flash_sparse_attn_varlen_func(
         cu_seqlens_k: int32 ``[N + 1]``, borders of the keys. Sequences may be empty.
         max_seqlen_q: Length of the longest query sequence.
         max_seqlen_k: Length of the longest key sequence.
-        attn_mask: Bool ``[total_k]`` (True = visible), or a `KeySelection` made with `cu_seqlens_k`.
+        attn_mask: Bool ``[total_k]`` (True = visible), or a `KeySelection` with `cu_seqlens_k`.
         attn_bias: ``[{1|Hkv|H}, total_k]``, one bias per key.
         softmax_scale, is_causal, softcap, deterministic, return_lse, backend: As there; causal is
             bottom-right in every sequence.
@@ -132,7 +132,16 @@ def flash_sparse_attn_varlen_func(
         attn_bias = attn_bias[None, :, None]
     query, key, value = query[None], key[None], value[None]
     problem = _problem(
-        query, key, value, attn_mask, attn_bias, softmax_scale, is_causal, softcap, deterministic, packed
+        query,
+        key,
+        value,
+        attn_mask,
+        attn_bias,
+        softmax_scale,
+        is_causal,
+        softcap,
+        deterministic,
+        packed,
     )
     out, lse = dispatch.choose(problem, backend).attention(
         problem, query, key, value, attn_mask, attn_bias
@@ -157,15 +166,16 @@ def flash_sparse_attn_with_kvcache_func(
 ) -> Any:
     """Attention of a few new queries over a cache of keys and values, for inference.
 
-    Sequence ``b`` has ``cache_seqlens[b]`` keys, and its queries are the last ones of it. The new keys
-    have to be in the cache already.
+    Sequence ``b`` has ``cache_seqlens[b]`` keys, and its queries are the last ones of it. The new
+    keys have to be in the cache already.
 
     Args:
         query: ``[B, Q, H, D]``.
-        k_cache: ``[B, K, Hkv, D]``, or pages ``[num_pages, page_size, Hkv, D]`` with `block_table`.
+        k_cache: ``[B, K, Hkv, D]``; with `block_table` ``[num_pages, page_size, Hkv, D]``.
         v_cache: As `k_cache`.
-        attn_mask: Bool ``({1|B}, {1|Hkv|H}, {1|Q}, {1|K})``, or a `KeySelection` of ``[B, Hkv, K]``;
-            with pages ``K = block_table.shape[1] * page_size``. Values past the length are not read.
+        attn_mask: Bool ``({1|B}, {1|Hkv|H}, {1|Q}, {1|K})``, or a `KeySelection` of
+            ``[B, Hkv, K]``; with pages ``K = block_table.shape[1] * page_size``. Values past the
+            length are not read.
         attn_bias: Float, of the same set of shapes.
         cache_seqlens: int32 ``[B]``.
         block_table: int32 ``[B, max_pages]``, the pages of every sequence in order.
@@ -204,137 +214,11 @@ def flash_sparse_attn_with_kvcache_func(
     return (torch.cat(outs), torch.cat(lses)) if return_lse else torch.cat(outs)
 
 
-def dynamic_mask_attn_func(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scores: Tensor,
-    window_size: int,
-    *,
-    mode: str = "causal",
-    key_mask: Tensor | None = None,
-    keep_first: int = 0,
-    keep_recent: int = 0,
-    is_causal: bool | None = None,
-    softmax_scale: float | None = None,
-    softcap: float | None = None,
-    deterministic: bool | None = None,
-    return_lse: bool = False,
-    backend: str | None = None,
-) -> Any:
-    """Select keys by their scores, attend to them, and let the scores learn.
-
-    By definition `select_keys` of the detached scores, and `flash_sparse_attn_func` with that
-    selection and the bias ``scores[:, :, None, :]``: the scores learn through the keys they keep.
-
-    Args:
-        query: ``[B, Q, H, D]``.
-        key: ``[B, K, Hkv, D]``.
-        value: ``[B, K, Hkv, D]``.
-        scores: Float ``[B, Hkv, K]``, one number per key and KV head.
-        window_size: ``W``, the number of keys each query keeps.
-        mode, key_mask, keep_first, keep_recent: As in `select_keys`.
-        is_causal: To be given for the modes ``"shared"`` and ``"relu"``; ``"causal"`` implies it.
-        softmax_scale, softcap, deterministic, return_lse, backend: As in `flash_sparse_attn_func`.
-
-    Returns:
-        ``out [B, Q, H, D]``, or ``(out, lse [B, H, Q])``.
-    """
-    checks.check_scores(scores, key)
-    selection = select_keys(
-        scores,
-        window_size,
-        mode=mode,
-        key_mask=key_mask,
-        keep_first=keep_first,
-        keep_recent=keep_recent,
-    )
-    return flash_sparse_attn_func(
-        query,
-        key,
-        value,
-        selection,
-        scores[:, :, None, :],
-        softmax_scale,
-        is_causal,
-        softcap,
-        deterministic,
-        return_lse=return_lse,
-        backend=backend,
-    )
-
-
-def dynamic_mask_attn_varlen_func(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scores: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    window_size: int,
-    *,
-    mode: str = "causal",
-    key_mask: Tensor | None = None,
-    keep_first: int = 0,
-    keep_recent: int = 0,
-    is_causal: bool | None = None,
-    softmax_scale: float | None = None,
-    softcap: float | None = None,
-    deterministic: bool | None = None,
-    return_lse: bool = False,
-    backend: str | None = None,
-) -> Any:
-    """`dynamic_mask_attn_func` for packed sequences, each selected and attended on its own.
-
-    Args:
-        query: ``[total_q, H, D]``.
-        key: ``[total_k, Hkv, D]``.
-        value: ``[total_k, Hkv, D]``.
-        scores: Float ``[Hkv, total_k]``.
-        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: As in `flash_sparse_attn_varlen_func`.
-        window_size, mode, key_mask, keep_first, keep_recent: As in `select_keys`.
-        is_causal, softmax_scale, softcap, deterministic, return_lse, backend: As in
-            `dynamic_mask_attn_func`.
-
-    Returns:
-        ``out [total_q, H, D]``, or ``(out, lse [H, total_q])``.
-    """
-    checks.check_scores(scores, key, packed=True)
-    selection = select_keys(
-        scores,
-        window_size,
-        mode=mode,
-        key_mask=key_mask,
-        cu_seqlens=cu_seqlens_k,
-        keep_first=keep_first,
-        keep_recent=keep_recent,
-    )
-    return flash_sparse_attn_varlen_func(
-        query,
-        key,
-        value,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        selection,
-        scores,
-        softmax_scale,
-        is_causal,
-        softcap,
-        deterministic,
-        return_lse=return_lse,
-        backend=backend,
-    )
-
-
 def flash_sparse_attn_func_auto(backend: str | None = None) -> Callable[..., Any]:
     """`flash_sparse_attn_func` bound to a backend.
 
     Args:
-        backend: ``"cuda"``, ``"triton"``, ``"flex"``, ``"eager"``, or ``None`` for the best for each call.
+        backend: ``"cuda"``, ``"triton"``, ``"flex"``, ``"eager"``, or ``None`` for the best one.
 
     Raises:
         ValueError: The name is unknown.

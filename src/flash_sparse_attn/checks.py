@@ -1,4 +1,4 @@
-"""Argument checks. Every message names the argument, what was expected, what came and the remedy."""
+"""Argument checks. Messages name the argument, what was expected, what came and the remedy."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def check_tensor(name: str, value: object, form: str, *, optional: bool = False)
     rank = form.count(",") + 1
     if value.dim() != rank:
         raise ValueError(
-            f"{name}: expected {rank} dimensions {form}, got {value.dim()} with shape {_shape(value)}"
+            f"{name}: expected {rank} dimensions {form}, "
+            f"got {value.dim()} with shape {_shape(value)}"
         )
 
 
@@ -56,12 +57,15 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor, *, packed: bool = False
             )
         if tensor.device != query.device:
             raise ValueError(
-                f"{name}: expected the device of query, {query.device}, got {tensor.device}; move it"
+                f"{name}: expected the device of query, {query.device}, "
+                f"got {tensor.device}; move it"
             )
     if key.shape != value.shape:
         raise ValueError(f"value: expected the shape of key, {_shape(key)}, got {_shape(value)}")
     if not packed and key.shape[0] != query.shape[0]:
-        raise ValueError(f"key: expected batch size {query.shape[0]} as in query, got {key.shape[0]}")
+        raise ValueError(
+            f"key: expected batch size {query.shape[0]} as in query, got {key.shape[0]}"
+        )
     heads, kv_heads = query.shape[-2], key.shape[-2]
     if kv_heads == 0 or heads == 0 or heads % kv_heads:
         raise ValueError(
@@ -69,7 +73,9 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor, *, packed: bool = False
             "query is [B, Q, H, D], key is [B, K, Hkv, D]"
         )
     if key.shape[-1] != query.shape[-1]:
-        raise ValueError(f"key: expected head dimension {query.shape[-1]} as in query, got {key.shape[-1]}")
+        raise ValueError(
+            f"key: expected head dimension {query.shape[-1]} as in query, got {key.shape[-1]}"
+        )
     if not 1 <= query.shape[-1] <= MAX_HEAD_DIM:
         raise ValueError(f"query: expected 1 <= D <= {MAX_HEAD_DIM}, got D = {query.shape[-1]}")
     if not packed and heads > 256 and heads > query.shape[1]:
@@ -80,7 +86,9 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor, *, packed: bool = False
         )
 
 
-def check_broadcast(name: str, tensor: Tensor, shape: tuple[int, int, int, int], kv_heads: int) -> None:
+def check_broadcast(
+    name: str, tensor: Tensor, shape: tuple[int, int, int, int], kv_heads: int
+) -> None:
     """`tensor` is 4-D and every dimension is 1 or full; heads may be 1, Hkv or H."""
     form = "({1|B}, {1|Hkv|H}, {1|Q}, {1|K})"
     check_tensor(name, tensor, form)
@@ -95,7 +103,9 @@ def check_broadcast(name: str, tensor: Tensor, shape: tuple[int, int, int, int],
             )
 
 
-def check_mask(mask: Tensor, shape: tuple[int, int, int, int], kv_heads: int, device: torch.device) -> None:
+def check_mask(
+    mask: Tensor, shape: tuple[int, int, int, int], kv_heads: int, device: torch.device
+) -> None:
     """`attn_mask` is bool, on the device of query and broadcastable."""
     if isinstance(mask, Tensor) and mask.dtype != torch.bool:
         raise TypeError(
@@ -107,7 +117,9 @@ def check_mask(mask: Tensor, shape: tuple[int, int, int, int], kv_heads: int, de
         raise ValueError(f"attn_mask: expected device {device}, got {mask.device}; move it")
 
 
-def check_bias(bias: Tensor, shape: tuple[int, int, int, int], kv_heads: int, query: Tensor) -> None:
+def check_bias(
+    bias: Tensor, shape: tuple[int, int, int, int], kv_heads: int, query: Tensor
+) -> None:
     """`attn_bias` is fp16, bf16 or fp32 (fp64 with fp64 queries) and broadcastable."""
     if isinstance(bias, Tensor):
         allowed = [torch.float16, torch.bfloat16, torch.float32]
@@ -126,8 +138,8 @@ def check_bias_values(bias: Tensor, visible: Tensor) -> None:
     bad = visible & (bias.isnan() | (bias == torch.inf))
     if bad.any():
         raise ValueError(
-            f"attn_bias: expected finite values or -inf, got {int(bad.sum())} NaN or +inf on visible "
-            "keys; use -inf or attn_mask to hide a key"
+            f"attn_bias: expected finite values or -inf, got {int(bad.sum())} NaN or +inf on "
+            "visible keys; use -inf or attn_mask to hide a key"
         )
 
 
@@ -155,7 +167,12 @@ def resolve_causality(mask: object, is_causal: bool | None) -> bool:
 
 
 def check_selection(
-    selection: KeySelection, batch: int, kv_heads: int, key_len: int, device: torch.device, packed: bool
+    selection: KeySelection,
+    batch: int,
+    kv_heads: int,
+    key_len: int,
+    device: torch.device,
+    packed: bool,
 ) -> None:
     """The selection was made for these keys."""
     if packed != (selection.cu_seqlens is not None):
@@ -191,9 +208,10 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, total: int, device: torch.de
         borders = cu_seqlens.tolist()
         if borders[0] != 0 or borders[-1] != total:
             raise ValueError(
-                f"{name}: expected borders from 0 to the {total} packed tokens, got {borders[0]} to {borders[-1]}"
+                f"{name}: expected borders from 0 to the {total} packed tokens, "
+                f"got {borders[0]} to {borders[-1]}"
             )
-        if any(a > b for a, b in zip(borders, borders[1:], strict=False)):
+        if borders != sorted(borders):
             raise ValueError(f"{name}: expected borders that never decrease, got {borders}")
 
 
@@ -204,7 +222,9 @@ def check_max_seqlen(name: str, max_seqlen: int, cu_seqlens: Tensor) -> None:
     if looks_at_values(cu_seqlens):
         longest = int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0
         if longest > max_seqlen:
-            raise ValueError(f"{name}: expected at least the longest sequence, {longest}, got {max_seqlen}")
+            raise ValueError(
+                f"{name}: expected at least the longest sequence, {longest}, got {max_seqlen}"
+            )
 
 
 def check_key_mask(key_mask: Tensor, expected: tuple[int, ...], device: torch.device) -> None:
@@ -270,10 +290,13 @@ def check_scores(scores: Tensor, key: Tensor, *, packed: bool = False) -> None:
     form = "[Hkv, total_k]" if packed else "[B, Hkv, K]"
     check_tensor("key", key, "[T, Hkv, D]" if packed else "[B, K, Hkv, D]")
     check_tensor("scores", scores, form)
-    expected = (key.shape[1], key.shape[0]) if packed else (key.shape[0], key.shape[2], key.shape[1])
+    expected = (
+        (key.shape[1], key.shape[0]) if packed else (key.shape[0], key.shape[2], key.shape[1])
+    )
     if tuple(scores.shape) != expected:
         raise ValueError(
-            f"scores: expected {form} = {expected}, one score per key and KV head, got {_shape(scores)}"
+            f"scores: expected {form} = {expected}, one score per key and KV head, "
+            f"got {_shape(scores)}"
         )
     if scores.device != key.device:
         raise ValueError(f"scores: expected device {key.device}, got {scores.device}; move them")
@@ -283,22 +306,29 @@ def check_cache_seqlens(cache_seqlens: Tensor, query: Tensor, capacity: int) -> 
     """int32 lengths ``[B]`` between 0 and the capacity of the cache."""
     check_tensor("cache_seqlens", cache_seqlens, "[B]")
     if cache_seqlens.dtype != torch.int32:
-        raise TypeError(f"cache_seqlens: expected torch.int32, got {cache_seqlens.dtype}; use .int()")
+        raise TypeError(
+            f"cache_seqlens: expected torch.int32, got {cache_seqlens.dtype}; use .int()"
+        )
     if cache_seqlens.shape[0] != query.shape[0]:
         raise ValueError(
             f"cache_seqlens: expected [B] = ({query.shape[0]},), got {_shape(cache_seqlens)}"
         )
     if cache_seqlens.device != query.device:
-        raise ValueError(f"cache_seqlens: expected device {query.device}, got {cache_seqlens.device}")
+        raise ValueError(
+            f"cache_seqlens: expected device {query.device}, got {cache_seqlens.device}"
+        )
     if looks_at_values(cache_seqlens) and cache_seqlens.numel():
         low, high = int(cache_seqlens.min()), int(cache_seqlens.max())
         if low < 0 or high > capacity:
             raise ValueError(
-                f"cache_seqlens: expected lengths from 0 to the capacity {capacity}, got {low} to {high}"
+                f"cache_seqlens: expected lengths from 0 to the capacity {capacity}, "
+                f"got {low} to {high}"
             )
 
 
-def check_pages(k_cache: Tensor, v_cache: Tensor, block_table: Tensor, cache_seqlens: Tensor) -> None:
+def check_pages(
+    k_cache: Tensor, v_cache: Tensor, block_table: Tensor, cache_seqlens: Tensor
+) -> None:
     """Pages and the table that lists them; only pages below a sequence's length have to exist."""
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         check_tensor(name, cache, "[num_pages, page_size, Hkv, D]")
@@ -308,7 +338,8 @@ def check_pages(k_cache: Tensor, v_cache: Tensor, block_table: Tensor, cache_seq
     check_tensor("cache_seqlens", cache_seqlens, "[B]")
     if block_table.shape[0] != cache_seqlens.shape[0]:
         raise ValueError(
-            f"block_table: expected {cache_seqlens.shape[0]} rows as in cache_seqlens, got {block_table.shape[0]}"
+            f"block_table: expected {cache_seqlens.shape[0]} rows as in cache_seqlens, "
+            f"got {block_table.shape[0]}"
         )
     if looks_at_values(block_table):
         page = torch.arange(block_table.shape[1], device=block_table.device)

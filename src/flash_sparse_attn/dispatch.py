@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from functools import lru_cache
+from functools import cache
 from types import ModuleType
 
 from .problem import Problem
@@ -35,7 +35,8 @@ def check_name(backend: str | None) -> None:
     """`backend` is ``None`` or the name of a backend."""
     if backend is not None and backend not in _MODULES:
         raise ValueError(
-            f"backend: expected one of {', '.join(_MODULES)} or None (the best available), got {backend!r}"
+            f"backend: expected one of {', '.join(_MODULES)} or None (the best available), "
+            f"got {backend!r}"
         )
 
 
@@ -67,14 +68,19 @@ def choose(problem: Problem, backend: str | None = None) -> ModuleType:
         module = _backend(name)
         if not module.unavailable() and not module.unsupported(problem):
             if name == "eager" and problem.device.type == "cuda":
-                _warn_eager_on_gpu(tuple(_backend("triton").unavailable() or _backend("triton").unsupported(problem)))
+                _warn_eager_on_gpu(
+                    tuple(
+                        _backend("triton").unavailable() or _backend("triton").unsupported(problem)
+                    )
+                )
             return module
     raise AssertionError("the eager backend supports every checked call")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _warn_eager_on_gpu(reasons: tuple[str, ...]) -> None:
     """Once for every set of reasons."""
     warnings.warn(
-        "attention runs on the eager backend, which is slow on a GPU: " + "; ".join(reasons), stacklevel=5
+        "attention runs on the eager backend, which is slow on a GPU: " + "; ".join(reasons),
+        stacklevel=5,
     )

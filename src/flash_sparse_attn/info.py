@@ -56,10 +56,19 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def available_bytes() -> int | None:
+    """Memory that can be used without swapping, where the system tells."""
+    try:
+        text = Path("/proc/meminfo").read_text()
+        return int(text.split("MemAvailable:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        return None
+
+
 def commit() -> str:
     """Commit of the source tree this package is imported from, ``+changes`` if it was edited."""
     folder = Path(__file__).resolve().parent
-    if not any((parent / ".git").exists() for parent in folder.parents[1:3]):
+    if not (folder.parents[1] / ".git").exists():
         return "unknown"
     try:
         name = _git(folder, "rev-parse", "--short=12", "HEAD")

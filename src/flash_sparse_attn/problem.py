@@ -16,8 +16,8 @@ class Problem:
     """What is asked for, without the tensors.
 
     Attributes:
-        batch, query_len, key_len, num_heads, num_kv_heads, head_dim: Sizes. Packed calls have batch 1
-            and the totals as lengths.
+        batch, query_len, key_len, num_heads, num_kv_heads, head_dim: Sizes. Packed calls have
+            batch 1 and the totals as lengths.
         dtype, device: Of query, key and value.
         selection: Mode of the key selection, or ``None`` when there is none.
         mask_shape: Shape of the bool mask, or ``None``.
@@ -66,7 +66,6 @@ class Problem:
     ) -> Problem:
         """The facts of a checked call with 4-D query, key and value."""
         batch, query_len, num_heads, head_dim = query.shape
-        dense = isinstance(mask, Tensor)
         needs = any(t is not None and t.requires_grad for t in (query, key, value, bias))
         return cls(
             batch=batch,
@@ -78,7 +77,7 @@ class Problem:
             dtype=query.dtype,
             device=query.device,
             selection=mask.mode if isinstance(mask, KeySelection) else None,
-            mask_shape=tuple(mask.shape) if dense else None,
+            mask_shape=tuple(mask.shape) if isinstance(mask, Tensor) else None,
             bias_shape=None if bias is None else tuple(bias.shape),
             bias_dtype=None if bias is None else bias.dtype,
             is_causal=is_causal,

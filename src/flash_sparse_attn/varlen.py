@@ -26,9 +26,8 @@ class PackedSequences:
     max_seqlen_k: int
 
     def ranges(self) -> list[tuple[int, int, int, int]]:
-        """``(first query, end, first key, end)`` of every sequence. Copies the borders to the host."""
-        borders = torch.stack([self.cu_seqlens_q, self.cu_seqlens_k]).tolist()
-        (queries, keys) = borders
+        """``(first query, end, first key, end)`` of every sequence; copies to the host."""
+        queries, keys = torch.stack([self.cu_seqlens_q, self.cu_seqlens_k]).tolist()
         return list(zip(queries, queries[1:], keys, keys[1:], strict=False))
 
 

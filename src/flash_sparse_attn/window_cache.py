@@ -114,8 +114,7 @@ class WindowCache:
             key_mask: Bool ``[B, T]``, True for real tokens. Padding is never stored.
 
         Raises:
-            TypeError, ValueError: An argument has a wrong type, shape, dtype, device or value. The
-                cache is unchanged.
+            TypeError, ValueError: An argument does not fit. The cache is unchanged.
         """
         self._check(key, value, scores, key_mask)
         score, position, seen = self._candidates(scores, key_mask)
@@ -154,23 +153,19 @@ class WindowCache:
             ``[B, T, H, D]``, and with `return_lse` the fp32 ``[B, H, T]``.
 
         Raises:
-            TypeError, ValueError: An argument has a wrong type, shape, dtype, device or value. The
-                cache is unchanged.
+            TypeError, ValueError: An argument does not fit. The cache is unchanged.
         """
         self._check(key, value, scores, key_mask)
         checks.check_qkv(query, key, value)
+        if query.shape[1] != key.shape[1]:
+            raise ValueError(
+                f"query: expected T = {key.shape[1]} tokens as in key, got {query.shape[1]}"
+            )
         score, position, seen = self._candidates(scores, key_mask)
         kept = self._kept(score, position, seen)
-        expiry = self._expiry(score, position, kept)
-        start = torch.arange(score.shape[1], dtype=torch.int32, device=score.device)
+        start, expiry = self._intervals(score, position, kept)
         selection = KeySelection(
-            start=start.expand(expiry.shape)[:, None].contiguous(),
-            expiry=expiry[:, None],
-            score=score.detach()[:, None],
-            mode="causal",
-            key_mask=None,
-            cu_seqlens=None,
-            **self._sizes(),
+            start[:, None], expiry[:, None], score.detach()[:, None], "causal", **self._sizes()
         )
 
         # Survivors differ from head to head: each (batch entry, KV head) is a batch entry here.
@@ -203,9 +198,8 @@ class WindowCache:
         latest = int(self.evicted_at.max())
         if length < latest:
             raise ValueError(
-                f"length: cannot roll back to {length} tokens: a key was evicted at token {latest} "
-                "and its memory is gone, but it would be visible again; keep a copy of the cache "
-                "from before the guesses (copy.deepcopy), or read the text again"
+                f"length: cannot roll back to {length} tokens: a key was evicted at token {latest}, "
+                "is gone, and would be visible again; keep a copy from before (copy.deepcopy)"
             )
         self._erase(self.position >= length)
         self.seen_tokens.clamp_(max=length)
@@ -217,15 +211,11 @@ class WindowCache:
             index: int32 or int64 ``[B']``. Another length than ``B`` changes the batch size.
 
         Raises:
-            TypeError, ValueError: Not an integer vector, on another device, or out of range (CPU).
+            TypeError, ValueError: Not an integer vector, or out of range (looked at on CPUs).
         """
         checks.check_tensor("index", index, "[B]")
         if index.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"index: expected int32 or int64 batch entries, got {index.dtype}")
-        if index.device != self.key.device:
-            raise ValueError(
-                f"index: expected device {self.key.device}, got {index.device}; move it"
-            )
         batch = len(self.key)
         if checks.looks_at_values(index) and bool(((index < 0) | (index >= batch)).any()):
             raise ValueError(
@@ -294,15 +284,10 @@ class WindowCache:
                     f"{name}: expected [B, T, Hkv, D] = {expected} as in the cache, got "
                     f"{tuple(tensor.shape)}"
                 )
-            if tensor.dtype != self.key.dtype:
+            if (tensor.dtype, tensor.device) != (self.key.dtype, self.key.device):
                 raise TypeError(
-                    f"{name}: expected the dtype of the cache, {self.key.dtype}, got {tensor.dtype}; "
-                    "cast it, or make the cache with this dtype"
-                )
-            if tensor.device != self.key.device:
-                raise ValueError(
-                    f"{name}: expected the device of the cache, {self.key.device}, got "
-                    f"{tensor.device}; move one of them with .to()"
+                    f"{name}: expected {self.key.dtype} on {self.key.device} as in the cache, got "
+                    f"{tensor.dtype} on {tensor.device}; cast or move one of them with .to()"
                 )
         checks.check_scores(scores, key)
         if scores.dtype not in (torch.float16, torch.bfloat16, torch.float32):
@@ -338,12 +323,12 @@ class WindowCache:
         kept |= position >= self._rows(seen) - self.keep_recent
         return kept & occupied
 
-    def _expiry(self, score: Tensor, position: Tensor, kept: Tensor) -> Tensor:
-        """Until when the new queries, at ``C ... C + T - 1``, see each candidate; int32."""
+    def _intervals(self, score: Tensor, position: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """Start and expiry of each candidate for queries at ``C ... C + T - 1``, int32."""
         capacity, total = self.key.shape[2], score.shape[-1]
-        index = torch.arange(total, dtype=torch.int32, device=score.device)
+        start = torch.arange(total, dtype=torch.int32, device=score.device).repeat(len(score), 1)
         if total == capacity + 1:  # a single query sees exactly what is kept
-            return torch.where(kept, NEVER, index)
+            return start, torch.where(kept, NEVER, start)
         occupied = position >= 0
         expiry = select_keys(score[:, None], self.window_size, key_mask=occupied).expiry[:, 0]
         expiry = torch.where(position < self.keep_first, NEVER, expiry)
@@ -353,7 +338,7 @@ class WindowCache:
             arrived = occupied[:, capacity:].cumsum(-1)
             expiry = torch.maximum(expiry, capacity + torch.searchsorted(arrived, number).int())
         expiry = torch.where(expiry < total, expiry, NEVER)
-        return torch.where(occupied, expiry, index)
+        return start, torch.where(occupied, expiry, start)
 
     @torch.no_grad()
     def _commit(
@@ -379,12 +364,10 @@ class WindowCache:
         empty = source == total
         source = source.clamp(max=total - 1)
         self.score.copy_(score.gather(1, source).masked_fill(empty, 0.0).view_as(self.score))
-        self.position.copy_(
-            position.gather(1, source).masked_fill(empty, -1).view_as(self.position)
-        )
+        self.position.copy_(position.gather(1, source).masked_fill(empty, -1).view_as(self.score))
 
-        source = source.view_as(self.position)
-        is_new, empty = source >= capacity, empty.view_as(self.position)
+        source, empty = source.view_as(self.score), empty.view_as(self.score)
+        is_new = source >= capacity
         entry = torch.arange(batch, device=score.device)[:, None, None]
         head = torch.arange(kv_heads, device=score.device)[:, None]
         for state, new in ((self.key, key), (self.value, value)):

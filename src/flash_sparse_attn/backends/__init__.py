@@ -1,1 +1,1 @@
-"""Implementations of the attention that `reference.py` defines; `dispatch.py` chooses among them."""
+"""Implementations of the attention that `reference.py` defines; `dispatch.py` chooses."""

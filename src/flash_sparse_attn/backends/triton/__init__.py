@@ -23,7 +23,10 @@ def _unavailable() -> tuple[str, ...]:
     if not torch.cuda.is_available():
         reasons.append("PyTorch sees no GPU: no driver, no device, or a CPU build of PyTorch")
     elif torch.version.hip is None and torch.cuda.get_device_capability() < MIN_CAPABILITY:
-        reasons.append(f"the GPU has capability {torch.cuda.get_device_capability()}, needed is {MIN_CAPABILITY}")
+        reasons.append(
+            f"the GPU has capability {torch.cuda.get_device_capability()}, "
+            f"at least {MIN_CAPABILITY} is needed"
+        )
     if not any(shutil.which(name) for name in ("cc", "gcc", "clang")):
         reasons.append("Triton needs a C compiler (cc, gcc or clang) on the PATH")
     reasons.append("the GPU kernels are not part of this version")

@@ -1,0 +1,137 @@
+"""The `bench` command: list the cases, run them, print what they show."""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import sys
+from pathlib import Path
+
+from .. import info
+from .cases import CASES, Case
+from .console import Progress, format_bytes, format_seconds, table
+from .measure import measure_isolated
+from .providers import PROVIDERS, WrongResult, verify
+from .store import Row, append_rows, make_row, run_facts
+from .yardsticks import verdicts
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the subcommands of `bench`."""
+    actions = parser.add_subparsers(dest="action", required=True)
+    actions.add_parser("list", help="show the cases and the providers").set_defaults(run=_list)
+    run = actions.add_parser("run", help="check, then time; print tables and verdicts")
+    run.add_argument(
+        "--case",
+        action="append",
+        metavar="PATTERN",
+        help="names of cases, * allowed, repeatable; default: all cases of this device",
+    )
+    run.add_argument(
+        "--provider",
+        action="append",
+        choices=sorted(PROVIDERS),
+        help="measure these instead of those a case names, repeatable",
+    )
+    run.add_argument("--out", type=Path, help="append the rows to this file as JSON lines")
+    run.add_argument("--repeats", type=int, default=7, help="repetitions at most (default 7)")
+    run.set_defaults(run=_run)
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    rows = [
+        [case.name, case.shape, case.pattern, case.dtype, f"{case.flops() / 1e9:.4g}", format_bytes(case.min_bytes())]
+        for case in CASES.values()
+    ]
+    print("cases\n" + table(["name", "shape", "scores", "dtype", "useful GFLOP", "least traffic"], rows))
+    print("\nproviders")
+    for name, provider in PROVIDERS.items():
+        print(f"  {name:<14} {provider.what}")
+    return 0
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    cases = _choose(arguments.case)
+    if not cases:
+        names = ", ".join(CASES)
+        print(f"--case: no case is called {' or '.join(arguments.case)}; there are {names}", file=sys.stderr)
+        return 2
+    jobs = [(case, name) for case in cases for name in arguments.provider or case.providers]
+    facts = {case.device: run_facts(case.device) for case in cases}
+    rows: list[Row] = []
+    remarks: list[str] = []
+    with Progress("bench", len(jobs)) as bar:
+        for case, name in jobs:
+            bar.update(f"{case.name} {name}", steps=0)
+            result = _one(case, name, arguments.repeats, facts[case.device])
+            if isinstance(result, str):
+                remarks.append(result)
+            else:
+                rows.append(result)
+                if arguments.out:
+                    append_rows(arguments.out, [result])
+            bar.update(f"{case.name} {name}")
+    print(_report(rows, remarks, facts))
+    return 1 if remarks or not all(verdict.holds for verdict in verdicts(rows)) else 0
+
+
+def _choose(patterns: list[str] | None) -> list[Case]:
+    if patterns is None:
+        device = info.default_device().type
+        chosen = [case for case in CASES.values() if case.device == device and case.name != "cpu-smoke"]
+        return chosen or [case for case in CASES.values() if case.name != "cpu-smoke"]
+    return [
+        case for name, case in CASES.items() if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+    ]
+
+
+def _one(case: Case, name: str, repeats: int, facts: Row) -> Row | str:
+    """The row of one measurement, or why there is none."""
+    needed, available = PROVIDERS[name].extra_bytes(case), info.available_bytes()
+    if case.device == "cpu" and available is not None and needed > available:
+        return (
+            f"not run: {name} on {case.name} needs {format_bytes(needed)} of memory, "
+            f"{format_bytes(available)} are available"
+        )
+    try:
+        errors = verify(case, name)
+        measured = measure_isolated(case, name, repeats)
+    except WrongResult as error:
+        return f"not timed, wrong result: {error}"
+    except RuntimeError as error:
+        return f"failed: {error}"
+    return make_row(case, name, measured, errors, facts)
+
+
+def _report(rows: list[Row], remarks: list[str], facts: dict[str, Row]) -> str:
+    lines = []
+    for device, shared in facts.items():
+        machine = ", ".join(f"{key} {value}" for key, value in shared["hardware"].items())
+        versions = ", ".join(f"{key} {value}" for key, value in shared["versions"].items())
+        lines += [f"{device}: {machine}", f"{versions}, commit {shared['commit']}", ""]
+    header = ["case", "provider", "selection", "forward", "backward", "total", "spread", "runs", "peak memory", "error"]
+    lines.append(table(header, [_cells(row) for row in rows]))
+    lines += [
+        "",
+        "Medians; the total includes the selection or mask building. Peak memory is above the inputs.",
+        "The error is the largest of output and gradients against fp64 at a shape that fits it.",
+    ]
+    found = verdicts(rows)
+    if found:
+        lines += ["", "yardsticks", *(f"  {verdict}" for verdict in found)]
+    if remarks:
+        lines += ["", *remarks]
+    return "\n".join(lines)
+
+
+def _cells(row: Row) -> list[str]:
+    seconds, (fastest, slowest) = row["seconds"], row["spread"]
+    return [
+        row["case"],
+        row["provider"],
+        *(format_seconds(seconds.get(part)) for part in ("selection", "forward", "backward", "total")),
+        f"{format_seconds(fastest)} .. {format_seconds(slowest)}",
+        f"{row['repeats']}{'' if row['warm'] else ' (cold)'}",
+        format_bytes(row["peak_bytes"]),
+        f"{max(row['errors'].values()):.1e}",
+    ]

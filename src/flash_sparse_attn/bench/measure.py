@@ -1,0 +1,171 @@
+"""Time and peak memory of one provider on one case, in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .cases import Case, Inputs, make_inputs
+from .providers import PROVIDERS, Provider
+
+_COLD_CACHE_BYTES = 256 << 20
+_SLOW_SECONDS = 5.0
+
+
+def measure_isolated(
+    case: Case, provider: str, repeats: int = 5, budget_seconds: float = 10.0
+) -> dict[str, Any]:
+    """Measure in a fresh process, so that peak memory is this provider's alone.
+
+    Args:
+        case: The problem.
+        provider: Name in `PROVIDERS`.
+        repeats: Measured repetitions at most.
+        budget_seconds: No new repetition is started after this time.
+
+    Returns:
+        ``seconds`` (medians of selection, forward, backward and total), ``spread`` (fastest and
+        slowest total), ``repeats``, ``warm`` (False if the only run was the first one) and
+        ``peak_bytes`` above the inputs (``None`` where the system does not tell).
+
+    Raises:
+        RuntimeError: The process failed; the message holds the end of its error output.
+    """
+    job = {"case": asdict(case), "provider": provider, "repeats": repeats, "budget": budget_seconds}
+    done = subprocess.run(
+        [sys.executable, "-m", "flash_sparse_attn.bench.measure"],
+        input=json.dumps(job),
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode != 0:
+        tail = "\n".join(done.stderr.strip().splitlines()[-3:])
+        raise RuntimeError(f"{provider} on {case.name} ended with status {done.returncode}: {tail}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(case: Case, provider: Provider, repeats: int, budget_seconds: float) -> dict[str, Any]:
+    """Measure in this process; see `measure_isolated`."""
+    # Lazy modules, thread pools and libraries are loaded before memory and time are looked at.
+    small = replace(case, length=min(case.length, 256), window=min(case.window, 64))
+    _run(small, provider, make_inputs(small))
+
+    inputs = make_inputs(case)
+    memory = _PeakMemory(case.device)
+    first = _run(case, provider, inputs)
+    peak = memory.peak()
+    runs = []
+    begin = time.perf_counter()
+    if first["total"] < _SLOW_SECONDS:
+        while len(runs) < repeats and time.perf_counter() - begin < budget_seconds:
+            runs.append(_run(case, provider, inputs))
+    timed = runs or [first]
+    return {
+        "seconds": {part: statistics.median(run[part] for run in timed) for part in first},
+        "spread": [min(run["total"] for run in timed), max(run["total"] for run in timed)],
+        "repeats": len(timed),
+        "warm": bool(runs),
+        "peak_bytes": peak,
+    }
+
+
+def _run(case: Case, provider: Provider, inputs: Inputs) -> dict[str, float]:
+    """Seconds of one selection, forward and backward pass."""
+    clock = _Clock(case.device)
+    clock.mark()
+    mask = provider.select(inputs, case.window)
+    clock.mark()
+    if case.what == "selection":
+        (selection,) = clock.seconds()
+        return {"selection": selection, "total": selection}
+    out = provider.attend(inputs, mask)
+    clock.mark()
+    leaves = inputs.leaves()[: 3 if provider.dense else 4]
+    torch.autograd.grad(out, leaves, inputs.grad_out)
+    clock.mark()
+    selection, forward, backward = clock.seconds()
+    total = selection + forward + backward
+    return {"selection": selection, "forward": forward, "backward": backward, "total": total}
+
+
+class _Clock:
+    """Seconds between marks: the processor's clock, or events on a GPU's stream, its cache cold."""
+
+    def __init__(self, device: str) -> None:
+        self._on_gpu = device == "cuda"
+        self._marks: list[Any] = []
+        if self._on_gpu:
+            torch.empty(_COLD_CACHE_BYTES, dtype=torch.int8, device=device).zero_()
+
+    def mark(self) -> None:
+        if self._on_gpu:
+            self._marks.append(torch.cuda.Event(enable_timing=True))
+            self._marks[-1].record()
+        else:
+            self._marks.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        pairs = list(zip(self._marks, self._marks[1:], strict=False))
+        if self._on_gpu:
+            torch.cuda.synchronize()
+            return [begin.elapsed_time(end) / 1e3 for begin, end in pairs]
+        return [end - begin for begin, end in pairs]
+
+
+class _PeakMemory:
+    """Most memory in use since creation, above what was in use then."""
+
+    def __init__(self, device: str) -> None:
+        self._on_gpu = device == "cuda"
+        if self._on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+            self._base: int | None = torch.cuda.memory_allocated()
+            return
+        # Linux: forget the peak of the start-up, which may be above what is in use now.
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+        self._base = _peak_resident_bytes()
+
+    def peak(self) -> int | None:
+        if self._on_gpu:
+            return torch.cuda.max_memory_allocated() - (self._base or 0)
+        now = _peak_resident_bytes()
+        return None if now is None or self._base is None else now - self._base
+
+
+def _peak_resident_bytes() -> int | None:
+    try:
+        # Not getrusage: its peak is never reset and starts with that of the parent process.
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        pass
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def main() -> None:
+    """Read a job from standard input, print its measurement as the last line of standard output."""
+    job = json.load(sys.stdin)
+    job["case"]["providers"] = tuple(job["case"]["providers"])
+    result = measure(
+        Case(**job["case"]), PROVIDERS[job["provider"]], job["repeats"], job["budget"]
+    )
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

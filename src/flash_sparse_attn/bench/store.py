@@ -1,0 +1,74 @@
+"""Rows: one measurement each, complete enough to be judged and repeated, as lines of JSON."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import shlex
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from .. import info
+from .cases import Case
+from .console import write_whole
+from .providers import PROVIDERS
+
+Row = dict[str, Any]
+
+
+def make_row(
+    case: Case, provider: str, measured: dict[str, Any], errors: dict[str, float], facts: Row
+) -> Row:
+    """One measurement with everything that identifies it.
+
+    Args:
+        case: What was computed.
+        provider: Who computed it.
+        measured: What `measure.measure_isolated` returned.
+        errors: What `providers.verify` returned.
+        facts: What `run_facts` returned for this run.
+    """
+    dense = PROVIDERS[provider].dense
+    seconds = measured["seconds"]["total"]
+    sizes = ("batch", "heads", "kv_heads", "length", "head_dim", "window")
+    return {
+        "case": case.name,
+        "provider": provider,
+        "what": "selection" if case.what == "selection" else "selection + forward + backward",
+        "shape": {size: getattr(case, size) for size in sizes},
+        "pattern": case.pattern,
+        "dtype": case.dtype,
+        **measured,
+        "useful_flops": case.flops(dense),
+        "useful_gflops_per_second": case.flops(dense) / seconds / 1e9,
+        "min_bytes": case.min_bytes(),
+        "errors": errors,
+        "errors_at": case.reduced().shape,
+        "baselines": [name for name in case.providers if name != provider],
+        **facts,
+    }
+
+
+def run_facts(device: str) -> Row:
+    """What all rows of one run share: machine, versions, commit, command and time."""
+    return {
+        "hardware": info.hardware(device),
+        "versions": info.versions(),
+        "commit": info.commit(),
+        "command": shlex.join(["python", "-m", "flash_sparse_attn", *sys.argv[1:]]),
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def append_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Add rows to a file of JSON lines; the file is replaced as a whole."""
+    old = path.read_bytes() if path.exists() else b""
+    new = "".join(json.dumps(row) + "\n" for row in rows)
+    write_whole(path, old + new.encode())
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a file of JSON lines."""
+    return [json.loads(line) for line in path.read_text().splitlines() if line]
