@@ -1,15 +1,16 @@
 """Run Python in an environment of this project's own, making it first if need be.
 
-    python scripts/env.py NAME ARG...      runs `python ARG...` in the environment NAME: demo or test
+    python scripts/env.py NAME ARG...      run `python ARG...` in the environment NAME: demo or test
 
 Only the standard library is used. What the environment variables do:
 
 NO_VENV=1    make and install nothing, run with the interpreter at hand
-TORCH_SPEC=  what to install as torch instead of choosing, such as 'torch==2.9.1' (pip's options may follow)
+TORCH_SPEC=  what to install as torch, such as 'torch==2.9.1'; options of pip may follow
 
-Which torch is used, in this order: TORCH_SPEC; the interpreter's own, if new enough; PyPI's where an NVIDIA driver
-answers (a CUDA build) or the system is not Linux (a CPU build); otherwise a CPU build. PyPI's torch for Linux brings
-gigabytes of CUDA libraries, so it is never installed without a driver.
+Which torch is used, in this order: TORCH_SPEC; the interpreter's own, if new enough; PyPI's where
+an NVIDIA driver answers (a CUDA build) or the system is not Linux (a CPU build); otherwise the CPU
+build. PyPI's torch for Linux brings gigabytes of CUDA libraries, so it is never installed without a
+driver.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ EXTRAS = {"demo": "demo,bench", "test": "dev"}
 MODULES = {"demo": ("matplotlib", "tqdm"), "test": ("pytest", "matplotlib", "tqdm")}
 # The CPU build the tests were run with. "+cpu" matches no CUDA build, whatever index answers.
 CPU_TORCH = "torch==2.13.0+cpu"
+MINOR = f"{sys.version_info[0]}.{sys.version_info[1]}"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 FIRST_PIP_WITH_FREE_DRY_RUN = (23, 3)  # older ones download whole wheels in a dry run
 
@@ -46,7 +48,7 @@ class Failure(Exception):
 
 
 class Torch(NamedTuple):
-    """Where torch comes from: pip's arguments (empty: nothing to install), and the reason in words."""
+    """Where torch comes from: pip's arguments (empty: nothing to install), and why."""
 
     arguments: list[str]
     reason: str
@@ -72,7 +74,7 @@ def torch_bound() -> str:
     """The lowest torch that pyproject.toml allows, as text."""
     match = re.search(r'"torch>=([\d.]+)"', PYPROJECT.read_text(encoding="utf-8"))
     if match is None:
-        raise Failure(f"{PYPROJECT} states no lower bound for torch (expected a line with \"torch>=X\")")
+        raise Failure(f'{PYPROJECT}: expected a line with "torch>=X", found none')
     return match.group(1)
 
 
@@ -122,7 +124,11 @@ def choose_torch() -> Torch:
 
 
 def pip(python: Path, *arguments: str, timeout: float | None = None, quiet: bool = False) -> str:
-    """Run pip and return what it printed (quiet) or let it print. Raises CalledProcessError, TimeoutExpired."""
+    """Run pip; its output is returned if quiet, else shown.
+
+    Raises:
+        CalledProcessError, TimeoutExpired: pip failed, or took longer than `timeout` seconds.
+    """
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
     environment |= {"PIP_USER": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1"}
     pipe = subprocess.PIPE if quiet else None
@@ -140,18 +146,17 @@ def size_of(url: str) -> int | None:
         if parts.scheme == "file":
             path = Path(urllib.request.url2pathname(parts.path))
             return path.stat().st_size if path.is_file() else None
-        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=10) as answer:
+        head = urllib.request.Request(url, method="HEAD")
+        with urllib.request.urlopen(head, timeout=10) as answer:
             return int(answer.headers["Content-Length"])
     except (OSError, TypeError, ValueError):
         return None
 
 
 def resolve(python: Path, *arguments: str) -> list[Package]:
-    """What `pip install ARGUMENTS` would install. Raises CalledProcessError, TimeoutExpired."""
-    report = pip(
-        python, "install", "--dry-run", "--quiet", "--timeout", "5", "--retries", "1", "--report", "-",
-        *arguments, timeout=180, quiet=True,
-    )  # fmt: skip
+    """What `pip install ARGUMENTS` would install; raises what `pip` raises."""
+    options = ["--dry-run", "--quiet", "--timeout", "5", "--retries", "1", "--report", "-"]
+    report = pip(python, "install", *options, *arguments, timeout=180, quiet=True)
     # Without this project itself, which is a folder.
     items = [i for i in json.loads(report)["install"] if "dir_info" not in i["download_info"]]
     urls = [item["download_info"]["url"] for item in items]
@@ -168,33 +173,36 @@ def announce(packages: list[Package]) -> None:
     large = [p for p in packages if (p.size or 0) > 20e6]
     names = ", ".join(f"{p.name} {p.version} {(p.size or 0) / 1e6:.0f} MB" for p in large)
     text = f"{len(packages)} package(s), {total / 1e6:.0f} MB to download or take from pip's cache"
-    say(text + (f" ({names})" if names else "") + (f"; {unknown} of unknown size" if unknown else ""))
+    text += f" ({names})" if names else ""
+    say(text + (f"; {unknown} of unknown size" if unknown else ""))
 
 
 def resolve_torch(python: Path, torch: Torch) -> tuple[list[str], list[Package]]:
     """Find the chosen torch: pip's arguments that install it, and what they bring.
 
-    PyTorch's own index is asked only if the configured ones have no CPU build, and with short limits, so that a
-    network which cannot reach it costs seconds.
+    PyTorch's own index is asked only if the configured ones have no CPU build, and with short
+    limits, so that a network which cannot reach it costs seconds.
     """
     tries = [torch.arguments]
     if torch.arguments == [CPU_TORCH]:
         tries.append([CPU_TORCH, "--extra-index-url", CPU_INDEX])
     for arguments in tries:
         try:
-            # The CPU build is looked up by itself first: its needs would each be asked of a silent index.
+            # By itself first: everything it needs would be asked of a silent index, one by one.
             if arguments[0] == CPU_TORCH:
                 resolve(python, "--no-deps", *arguments)
             return arguments, resolve(python, *arguments)
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-            details = error.stderr or ""
+            details = str(error.stderr or "")
     if torch.arguments != [CPU_TORCH]:
         raise Failure(f"pip finds nothing for {shlex.join(torch.arguments)}:\n{details}")
     raise Failure(
-        f"no {CPU_TORCH} for Python {sys.version_info[0]}.{sys.version_info[1]} was found, neither by pip as configured "
-        f"here nor at {CPU_INDEX}.\nPlain torch would bring gigabytes of CUDA libraries, and no NVIDIA driver answers, so "
-        "it is not installed.\nWays on: PYTHON=... names an interpreter that has torch or for which there is a CPU "
-        "build;\n  TORCH_SPEC='...' says what to install; NO_VENV=1 runs with what this interpreter has."
+        f"found no {CPU_TORCH} for Python {MINOR}, neither with pip's settings here nor at\n"
+        f"{CPU_INDEX}. Plain torch would bring gigabytes of CUDA libraries,\n"
+        "and no NVIDIA driver answers, so it is not installed. Ways on:\n"
+        "  PYTHON=... names an interpreter that has torch, or for which there is a CPU build\n"
+        "  TORCH_SPEC='...' says what to install\n"
+        "  NO_VENV=1 runs with what this interpreter has"
     )
 
 
@@ -202,9 +210,10 @@ def create(folder: Path) -> Path:
     """Make an empty virtual environment and return its interpreter."""
     if not importlib.util.find_spec("venv") or not importlib.util.find_spec("ensurepip"):
         raise Failure(
-            f"{sys.executable} has no venv module with pip, so no environment can be made.\nWays on: install it (Debian, "
-            f"Ubuntu: apt install python{sys.version_info[0]}.{sys.version_info[1]}-venv);\n  PYTHON=... names another "
-            "interpreter; NO_VENV=1 runs with what this one has."
+            f"{sys.executable} lacks the module venv or ensurepip, so no environment can be made. "
+            f"Ways on:\n  install it (Debian, Ubuntu: apt install python{MINOR}-venv)\n"
+            "  PYTHON=... names another interpreter\n"
+            "  NO_VENV=1 runs with what this interpreter has"
         )
     say(f"making {folder.name} with Python {sys.version.split()[0]} of {sys.executable}")
     done = subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=False)
@@ -220,7 +229,7 @@ def interpreter_of(folder: Path) -> Path:
 def share_packages(python: Path) -> None:
     """Let the environment see the packages of the interpreter that made it.
 
-    --system-site-packages would skip the packages of an interpreter which itself lives in a virtual environment.
+    --system-site-packages would miss those of an interpreter in a virtual environment.
     """
     origin = importlib.util.find_spec("torch")
     folders = [p for p in sys.path if Path(p).name in ("site-packages", "dist-packages")]
@@ -234,7 +243,8 @@ def share_packages(python: Path) -> None:
 
 def update_pip(python: Path) -> None:
     """Pip before 23.3 downloads wheels in order to look at them; without a network it may stay."""
-    if version_tuple(pip(python, "--version", quiet=True).split()[1]) >= FIRST_PIP_WITH_FREE_DRY_RUN:
+    found = version_tuple(pip(python, "--version", quiet=True).split()[1])
+    if found >= FIRST_PIP_WITH_FREE_DRY_RUN:
         return
     say("updating the environment's pip (2 MB)")
     try:
@@ -256,7 +266,7 @@ def fingerprint(name: str) -> dict[str, str]:
 
 
 def ensure(name: str) -> Path:
-    """Return the interpreter of environment `name`, making and filling the environment unless it is up to date."""
+    """Interpreter of the environment `name`, which is made anew unless it is up to date."""
     folder = ROOT / f".venv-{name}"
     stamp, wanted = folder / "made-from.json", fingerprint(name)
     if stamp.is_file() and json.loads(stamp.read_text(encoding="utf-8")) == wanted:
@@ -297,7 +307,8 @@ def check_installed(name: str) -> None:
     if found is None or version_tuple(found) < version_tuple(bound):
         missing.insert(0, f"torch>={bound}" + (f" (found {found})" if found else ""))
     if missing:
-        raise Failure(f"NO_VENV=1: {sys.executable} lacks {', '.join(missing)}; install that, or drop NO_VENV=1")
+        names = ", ".join(missing)
+        raise Failure(f"NO_VENV=1: {sys.executable} lacks {names}; install that, or drop NO_VENV=1")
     say(f"NO_VENV=1: torch {found} of {sys.executable}, nothing is installed")
 
 
@@ -311,7 +322,8 @@ def main(name: str, arguments: list[str]) -> int:
     else:
         python = ensure(name)
         environment.pop("PYTHONPATH", None)
-    return subprocess.run([str(python), *arguments], cwd=ROOT, env=environment, check=False).returncode
+    command = [str(python), *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python scripts/test.py [--heavy | --lint-only] [PYTEST ARGUMENT...]
 
-Runs in the environment of scripts/env.py or any other that has pytest. A missing linter is reported and skipped: an
-offline machine with NO_VENV=1 need not have one.
+Runs in the environment of scripts/env.py or any other that has pytest. A missing linter is reported
+and skipped: an offline machine with NO_VENV=1 need not have one.
 """
 
 from __future__ import annotations
@@ -34,8 +34,10 @@ def lint() -> list[str]:
             print(f"{tool}: skipped, because it is not installed", flush=True)
             continue
         start = time.perf_counter()
-        code = subprocess.run([sys.executable, "-m", tool, *arguments], cwd=ROOT, check=False).returncode
-        print(f"{tool}: {'failed' if code else 'passed'} in {time.perf_counter() - start:.0f} s", flush=True)
+        command = [sys.executable, "-m", tool, *arguments]
+        code = subprocess.run(command, cwd=ROOT, check=False).returncode
+        seconds = time.perf_counter() - start
+        print(f"{tool}: {'failed' if code else 'passed'} in {seconds:.0f} s", flush=True)
         if code:
             failed.append(tool)
     return failed
@@ -62,7 +64,8 @@ def run_pytest(heavy: bool, arguments: list[str]) -> bool:
         command += ["-n", str(min(2, os.cpu_count() or 1)), "--dist", "worksteal"]
     if not heavy:
         command += ["-m", "not heavy"]
-    return subprocess.run([*command, *arguments], cwd=ROOT, env=environment, check=False).returncode == 0
+    command += arguments
+    return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode == 0
 
 
 def main(arguments: list[str]) -> int:

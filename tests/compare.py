@@ -1,4 +1,4 @@
-"""The yardstick of all accuracy tests: fp64 truth, and plain PyTorch in the same dtype as the measure of what is fair."""
+"""The yardstick of accuracy tests: fp64 truth, and plain PyTorch as the measure of what is fair."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ FLOOR = 1e-5
 
 
 def largest_error(result: Tensor, truth: Tensor, name: str = "result") -> float:
-    """Largest |result - truth| over every element; infinities must agree exactly, and NaN is always an error.
+    """Largest |result - truth| over every element; infinities must agree, and NaN is an error.
 
     Args:
         result: any shape and dtype.
@@ -20,7 +20,8 @@ def largest_error(result: Tensor, truth: Tensor, name: str = "result") -> float:
     Returns:
         The largest error over the finite elements, 0.0 if there are none.
     """
-    assert result.shape == truth.shape, f"{name}: shape {tuple(result.shape)}, expected {tuple(truth.shape)}"
+    shapes = tuple(result.shape), tuple(truth.shape)
+    assert shapes[0] == shapes[1], f"{name}: shape {shapes[0]}, expected {shapes[1]}"
     assert truth.dtype == torch.float64, f"{name}: the truth must be fp64, got {truth.dtype}"
     result, truth = result.detach().double(), truth.detach().to(result.device)
     assert not truth.isnan().any(), f"{name}: the truth contains NaN"
@@ -28,7 +29,7 @@ def largest_error(result: Tensor, truth: Tensor, name: str = "result") -> float:
     assert bad == 0, f"{name}: {bad} of {result.numel()} elements are NaN"
     infinite = truth.isinf() | result.isinf()
     disagree = int((result[infinite] != truth[infinite]).sum())
-    assert disagree == 0, f"{name}: {disagree} elements are infinite on one side only, or of the other sign"
+    assert disagree == 0, f"{name}: {disagree} elements are infinite on one side or of other sign"
     errors = (result - truth)[~infinite].abs()
     return errors.max().item() if errors.numel() else 0.0
 
@@ -46,4 +47,4 @@ def assert_fair(result: Tensor, truth: Tensor, plain: Tensor, name: str = "resul
     error = largest_error(result, truth, name)
     fair = largest_error(plain, truth, f"plain PyTorch's {name}")
     budget = FACTOR * fair + FLOOR
-    assert error <= budget, f"{name}: error {error:.3g} exceeds {budget:.3g} = {FACTOR:g} x {fair:.3g} + {FLOOR:g}"
+    assert error <= budget, f"{name}: error {error:.3g} exceeds {budget:.3g}, plain has {fair:.3g}"

@@ -1,4 +1,4 @@
-"""Set-up that every test shares: threads, seeds, the device, and memory that is poisoned before it is written."""
+"""Set-up that every test shares: threads, seeds, the device, and poisoned fresh memory."""
 
 from __future__ import annotations
 
@@ -16,11 +16,16 @@ os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
 # Figures are drawn to files; there need be no display.
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-import pytest
-import torch
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 PACKAGES = ("flash_sparse_attn", "flash_dmattn")
-ALLOCATORS = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty"))
+ALLOCATORS = (
+    (torch, "empty"),
+    (torch, "empty_like"),
+    (torch, "empty_strided"),
+    (torch.Tensor, "new_empty"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -51,7 +56,7 @@ def _same_start_for_every_test() -> Iterator[None]:
 
 
 def poison(tensor: torch.Tensor) -> torch.Tensor:
-    """Fill fresh memory with what no correct program can use: NaN, or an extreme integer, or True."""
+    """Fill fresh memory with what no correct program can use: NaN, an extreme integer, or True."""
     if tensor.is_floating_point() or tensor.is_complex():
         return tensor.fill_(float("nan"))
     if tensor.dtype == torch.bool:
@@ -77,7 +82,7 @@ def poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tenso
 
 @pytest.fixture(autouse=True, scope="session")
 def _poisoned_memory() -> Iterator[None]:
-    """Memory that the package allocates and forgets to write shows as NaN instead of passing by luck."""
+    """Memory that the package allocates and forgets to write shows, instead of passing by luck."""
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in ALLOCATORS:
             patch.setattr(owner, name, poisoned(getattr(owner, name)))

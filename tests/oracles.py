@@ -45,9 +45,13 @@ def visible_keys(
                 position = i + key_len - query_len
                 past = [j for j in real if j <= position]
                 if mode == "causal":
-                    seen = set(heapq.nlargest(window_size, past, key=lambda j: (_rank(score[j]), j)))
+                    seen = set(
+                        heapq.nlargest(window_size, past, key=lambda j: (_rank(score[j]), j))
+                    )
                 elif mode == "shared":
-                    seen = set(heapq.nlargest(window_size, real, key=lambda j: (_rank(score[j]), -j)))
+                    seen = set(
+                        heapq.nlargest(window_size, real, key=lambda j: (_rank(score[j]), -j))
+                    )
                 else:
                     seen = {j for j in real if score[j] > 0}
                 seen |= set(real[:keep_first])
@@ -61,7 +65,7 @@ def visible_keys(
 def best_keys(
     bias: Tensor, allowed: Tensor, window_size: int, newer_wins: bool, min_dtype: float
 ) -> Tensor:
-    """The `window_size` best allowed keys of every row of ``[..., K]``, straight from the definition."""
+    """The `window_size` best allowed keys of every row of ``[..., K]``, one row at a time."""
     bias, allowed = torch.broadcast_tensors(bias.float(), allowed)
     chosen = torch.zeros(bias.shape, dtype=torch.bool)
     for row in range(bias.numel() // bias.shape[-1] if bias.numel() else 0):
@@ -129,8 +133,6 @@ def check_attention(
     value: Tensor,
     mask: Tensor | None = None,
     bias: Tensor | None = None,
-    *,
-    fp64_error: float = 1e-11,
     **options: object,
 ) -> dict[str, Tensor]:
     """Compare output and all gradients with the fp64 reference, under a random upstream gradient.
@@ -138,7 +140,6 @@ def check_attention(
     Args:
         attend: Called with ``query``, ``key``, ``value`` and, if given, ``bias``; returns ``out``.
         mask: What the reference is to use: bool, 4-D.
-        fp64_error: Allowed when the inputs are fp64; otherwise plain PyTorch sets the measure.
         options: ``softmax_scale``, ``is_causal`` and ``softcap`` of the reference.
 
     Returns:
@@ -151,14 +152,16 @@ def check_attention(
     def reference(query, key, value, bias=None):
         return attention_reference(query, key, value, mask, bias, **options)[0]
 
-    grad_out = torch.randn(query.shape, generator=torch.Generator().manual_seed(99)).to(query.dtype)
+    generator = torch.Generator().manual_seed(99)
+    # Small enough for the absolute part of the budget to cover another order of summation.
+    grad_out = (0.25 * torch.randn(query.shape, generator=generator)).to(query.dtype)
     results = outputs_and_gradients(attend, inputs, grad_out)
     exact = {name: tensor.double() for name, tensor in inputs.items()}
     truth = outputs_and_gradients(reference, exact, grad_out)
     plain = outputs_and_gradients(reference, inputs, grad_out)
     for name, result in results.items():
-        if query.dtype == torch.float64:
-            assert largest_error(result, truth[name], name) <= fp64_error
+        if result.dtype == torch.float64:
+            assert largest_error(result, truth[name], name) <= 1e-11
         else:
             assert_fair(result, truth[name], plain[name], name)
     for name, tensor in inputs.items():

@@ -53,9 +53,7 @@ def check(query, key, value, mask=None, bias=None, **options):
 
 
 def patterns(batch, heads, kv_heads, query_len, key_len):
-    return list(
-        itertools.product((1, batch), (1, kv_heads, heads), (1, query_len), (1, key_len))
-    )
+    return list(itertools.product((1, batch), (1, kv_heads, heads), (1, query_len), (1, key_len)))
 
 
 def check_patterns(sizes, pairs):
@@ -183,7 +181,11 @@ def test_07_masks_of_more_than_two_to_the_31_elements():
         bias.expand(1, 2, length, length),
     )
     expected = attention_reference(
-        query.double(), key[:, seen].double(), value[:, seen].double(), None, bias[..., seen].double()
+        query.double(),
+        key[:, seen].double(),
+        value[:, seen].double(),
+        None,
+        bias[..., seen].double(),
     )[0]
     assert (out - expected).abs().max() < 1e-5
 
@@ -387,7 +389,7 @@ def test_15_a_bias_that_is_equal_for_all_keys_has_no_gradient(dtype):
     mask[:, :, 5] = False
     bias = rand(2, 4, 70, 1, dtype=dtype)
     grad = check(*inputs, mask, bias)["dbias"]
-    assert grad.abs().max() <= 4 * torch.finfo(torch.promote_types(dtype, torch.bfloat16)).eps
+    assert grad.abs().max() <= 16 * torch.finfo(dtype).eps
     assert (grad[:, :, 5] == 0).all()
 
 
@@ -480,7 +482,11 @@ def test_27_one_more_token_extends_the_prefill():
     whole = dynamic_mask_attn_func(query, key, value, scores, window_size)
     for n in (0, 1, window_size, 40, length - 1):
         step = dynamic_mask_attn_func(
-            query[:, n : n + 1], key[:, : n + 1], value[:, : n + 1], scores[..., : n + 1], window_size
+            query[:, n : n + 1],
+            key[:, : n + 1],
+            value[:, : n + 1],
+            scores[..., : n + 1],
+            window_size,
         )
         torch.testing.assert_close(step, whole[:, n : n + 1], rtol=1e-5, atol=1e-6)
         selection = select_keys(scores[..., : n + 1], window_size)
@@ -540,9 +546,10 @@ def test_30_the_equivalence_grid(length, dim, is_causal):
     causal = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
     window_size = min(1024, length // 2)
     mask = create_mask(bias, causal, 1, length, length, window_size, torch.finfo(dtype).min)
-    results = check(query, key, value, mask, bias, is_causal=is_causal)
-    expected = attention_reference(query, key, value, mask, bias, is_causal=is_causal)[0]
-    torch.testing.assert_close(results["out"], expected, rtol=1e-2, atol=1e-2)
+    out = check(query, key, value, mask, bias, is_causal=is_causal)["out"]
+    exact = (tensor.double() for tensor in (query, key, value))
+    truth = attention_reference(*exact, mask, bias.double(), is_causal=is_causal)[0]
+    torch.testing.assert_close(out.double(), truth, rtol=1e-2, atol=1e-2)
 
 
 def test_30_gradients_of_the_score_projection():

@@ -92,7 +92,11 @@ def test_one_query_chooses_as_the_last_row_of_a_causal_mask(kind, generator):
     """A decoding step must agree with the prefill that ends at the same token, ties included."""
     bias = scores_of_kind(kind, (B, HKV, 1, K), generator)
     last_row = create(bias, causal(), 4)[:, :, -1:]
-    for mask in (None, torch.ones(B, K, dtype=torch.bool), torch.ones(B, 1, 1, K, dtype=torch.bool)):
+    for mask in (
+        None,
+        torch.ones(B, K, dtype=torch.bool),
+        torch.ones(B, 1, 1, K, dtype=torch.bool),
+    ):
         assert torch.equal(create(bias, mask, 4, query_len=1), last_row)
 
 
@@ -127,7 +131,12 @@ def test_the_marked_value_may_come_from_any_dtype(dtype):
     if dtype == torch.float64:
         bias = bias.clamp(min=LOWEST)
         lowest = LOWEST
-    assert masks.create_mask(bias, None, 1, 4, 4, 3, lowest).int().flatten().tolist() == [1, 0, 1, 0]
+    assert masks.create_mask(bias, None, 1, 4, 4, 3, lowest).int().flatten().tolist() == [
+        1,
+        0,
+        1,
+        0,
+    ]
 
 
 def smooth_rows(rows, key_len, block_size, allowed):

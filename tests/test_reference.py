@@ -49,9 +49,13 @@ def test_bias_scale_and_softcap_by_hand():
 
     *_, probs = attention_reference(query, key, ones(2), None, bias, softmax_scale=0.25)
     assert probs[0, 0, 0, 0].item() == pytest.approx(softmax_first(0.5 + 0.5, 1.5 - 1.0))
-    *_, probs = attention_reference(query, key, ones(2), None, bias, softmax_scale=0.25, softcap=2.0)
+    *_, probs = attention_reference(
+        query, key, ones(2), None, bias, softmax_scale=0.25, softcap=2.0
+    )
     capped = [2 * math.tanh(s / 2) for s in (0.5, 1.5)]
-    assert probs[0, 0, 0, 0].item() == pytest.approx(softmax_first(capped[0] + 0.5, capped[1] - 1.0))
+    assert probs[0, 0, 0, 0].item() == pytest.approx(
+        softmax_first(capped[0] + 0.5, capped[1] - 1.0)
+    )
 
 
 def test_the_default_scale_is_one_over_the_root_of_the_head_dimension():
@@ -146,7 +150,9 @@ def test_every_broadcast_shape_equals_its_expansion(is_causal):
     query, key = rand(batch, query_len, heads, 2), rand(batch, key_len, kv_heads, 2, seed=1)
     value = rand(batch, key_len, kv_heads, 2, seed=2)
     patterns = list(itertools.product((1, 2), (1, 2, 4), (1, query_len), (1, key_len)))
-    for number, (mask_shape, bias_shape) in enumerate(zip(patterns, reversed(patterns), strict=True)):
+    for number, (mask_shape, bias_shape) in enumerate(
+        zip(patterns, reversed(patterns), strict=True)
+    ):
         mask = rand(*mask_shape, seed=number) > -0.7
         bias = rand(*bias_shape, seed=number + 100)
         full_mask, full_bias = (
@@ -175,11 +181,13 @@ def test_agrees_with_pytorch_where_both_are_defined():
 
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
 def test_gradients_by_finite_differences(softcap):
-    query, key, value = (rand(1, n, h, 3, seed=n).requires_grad_() for n, h in ((3, 2), (4, 1), (4, 1)))
+    query, key, value = (
+        rand(1, n, h, 3, seed=n).requires_grad_() for n, h in ((3, 2), (4, 1), (4, 1))
+    )
     bias = rand(1, 1, 1, 4, seed=7).requires_grad_()
-    mask = torch.tensor(
-        [[1, 0, 1, 1], [0, 0, 0, 0], [1, 1, 0, 1]], dtype=torch.bool
-    ).view(1, 1, 3, 4)
+    mask = torch.tensor([[1, 0, 1, 1], [0, 0, 0, 0], [1, 1, 0, 1]], dtype=torch.bool).view(
+        1, 1, 3, 4
+    )
 
     def outputs(*inputs):
         return attention_reference(*inputs[:3], mask, inputs[3], softcap=softcap)[0]

@@ -10,7 +10,7 @@ import torch
 from oracles import SCORE_KINDS, scores_of_kind, visible_keys
 
 from flash_sparse_attn import KeySelection, select_keys
-from flash_sparse_attn.selection import NEVER, order_key
+from flash_sparse_attn.intervals import NEVER, order_key
 
 KEY_LEN = 37
 
@@ -121,7 +121,9 @@ def test_long_rows_cross_every_internal_chunk(generator):
 
 @pytest.mark.parametrize("kind", SCORE_KINDS)
 @pytest.mark.parametrize("window_size", [1, 3, KEY_LEN - 1, KEY_LEN])
-def test_query_i_sees_exactly_the_smaller_of_its_prefix_and_the_window(kind, window_size, generator):
+def test_query_i_sees_exactly_the_smaller_of_its_prefix_and_the_window(
+    kind, window_size, generator
+):
     scores = scores_of_kind(kind, (2, 2, KEY_LEN), generator)
     dense = select_keys(scores, window_size).to_dense()
     live = torch.arange(1, KEY_LEN + 1).clamp(max=window_size)
@@ -156,7 +158,7 @@ def test_a_hand_made_selection():
     scores = torch.tensor([[[3.0, 1.0, 2.0, 2.0, 5.0]]])
     selection = select_keys(scores, 2)
     assert selection.start.tolist() == [[[0, 1, 2, 3, 4]]]
-    # 1 leaves when 2 comes, the older 2 when the newer comes, the newer 2 when 5 comes; 3 and 5 stay.
+    # 1 leaves when a 2 comes, that 2 when the newer one comes, and that when 5 comes.
     assert selection.expiry.tolist() == [[[NEVER, 2, 3, 4, NEVER]]]
     assert selection.start.dtype == selection.expiry.dtype == torch.int32
     assert selection.score.dtype == torch.float32
@@ -168,9 +170,7 @@ def test_a_hand_made_selection():
 def test_a_key_that_is_never_visible_has_an_empty_interval():
     selection = select_keys(torch.tensor([[[9.0, 8.0, 1.0, 7.0]]]), 2)
     assert selection.start[0, 0, 2] == selection.expiry[0, 0, 2] == 2
-    padded = select_keys(
-        torch.tensor([[[9.0, 8.0]]]), 2, key_mask=torch.tensor([[True, False]])
-    )
+    padded = select_keys(torch.tensor([[[9.0, 8.0]]]), 2, key_mask=torch.tensor([[True, False]]))
     assert padded.start[0, 0, 1] == padded.expiry[0, 0, 1]
 
 
@@ -189,7 +189,9 @@ def test_no_keys_and_no_batch():
 
 
 def test_order_key_puts_numbers_above_nan_above_padding():
-    ascending = torch.tensor([-torch.inf, -3.4e38, -1.0, -1e-45, 0.0, 1e-45, 1.0, 3.4e38, torch.inf])
+    ascending = torch.tensor(
+        [-torch.inf, -3.4e38, -1.0, -1e-45, 0.0, 1e-45, 1.0, 3.4e38, torch.inf]
+    )
     keys = order_key(ascending)
     assert (keys[1:] > keys[:-1]).all()
     assert order_key(torch.tensor(-0.0)) == order_key(torch.tensor(0.0))

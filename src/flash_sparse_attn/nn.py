@@ -1,4 +1,4 @@
-"""Dynamic mask attention as a layer: one learned score per key decides which keys are worth reading."""
+"""Dynamic mask attention as a layer: a learned score per key decides which keys are read."""
 
 from __future__ import annotations
 
@@ -9,14 +9,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import checks
-from .attention import dynamic_mask_attn_func, dynamic_mask_attn_varlen_func
-from .selection import MODES, sequence_bounds
+from .dynamic_mask import dynamic_mask_attn_func, dynamic_mask_attn_varlen_func
+from .intervals import sequence_bounds
+from .selection import MODES
 from .window_cache import WindowCache
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 SCORE_ACTIVATIONS = ("softplus", "exp")
+
+# Scores are summed in parts of so many products: parts that stay in a processor's cache, and parts
+# that fill a GPU without taking gigabytes.
+_PRODUCTS_ON_CPU, _PRODUCTS_ON_GPU = 1 << 18, 1 << 25
 
 
 class AttentionOptions(TypedDict, total=False):
@@ -91,8 +96,8 @@ class DynamicMaskAttention(nn.Module):
         if head_dim is None:
             if hidden_size % num_heads:
                 raise ValueError(
-                    f"head_dim: num_heads = {num_heads} does not divide hidden_size = {hidden_size}; "
-                    "pass head_dim"
+                    f"head_dim: expected a value, because num_heads = {num_heads} does not divide "
+                    f"hidden_size = {hidden_size}, got None"
                 )
             head_dim = hidden_size // num_heads
         checks.check_count("head_dim", head_dim, 1)
@@ -117,7 +122,8 @@ class DynamicMaskAttention(nn.Module):
         self.window_size = window_size
         self.rope_theta = rope_theta
         self.score_activation = score_activation
-        self.attention = attention
+        self.attention: dict[str, Any] = {"mode": "causal", "keep_first": 0, "keep_recent": 0}
+        self.attention.update(attention)
 
         self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=bias)
         self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
@@ -155,36 +161,10 @@ class DynamicMaskAttention(nn.Module):
             TypeError, ValueError: An argument has a wrong type, shape, dtype, device or value, or
                 arguments exclude each other. The cache is unchanged.
         """
-        if cu_seqlens is not None and (key_mask is not None or cache is not None):
-            raise ValueError(
-                "cu_seqlens: expected no key_mask and no cache with packed sequences; drop the "
-                "padding, and decode in a batch"
-            )
-        form = "[T, hidden_size]" if hidden_states.dim() == 2 else "[B, S, hidden_size]"
-        checks.check_tensor("hidden_states", hidden_states, form)
-        if hidden_states.shape[-1] != self.hidden_size:
-            raise ValueError(
-                f"hidden_states: expected {form} with hidden_size = {self.hidden_size}, got "
-                f"{tuple(hidden_states.shape)}"
-            )
         shape = hidden_states.shape
+        self._check(hidden_states, key_mask, cu_seqlens, cache)
         if cu_seqlens is not None:
-            if len(shape) == 3 and shape[0] != 1:
-                raise ValueError(
-                    f"hidden_states: expected [T, hidden_size] or [1, T, hidden_size] with "
-                    f"cu_seqlens, got {tuple(shape)}"
-                )
             hidden_states = hidden_states.reshape(-1, self.hidden_size)
-            checks.check_cu_seqlens("cu_seqlens", cu_seqlens, len(hidden_states), hidden_states.device)
-        elif len(shape) == 2:
-            raise ValueError(
-                f"hidden_states: expected [B, S, hidden_size], got {tuple(shape)}; pass cu_seqlens "
-                "for packed sequences"
-            )
-        if key_mask is not None:
-            checks.check_key_mask(key_mask, tuple(shape[:2]), hidden_states.device)
-        if cache is not None:
-            self._check_cache(cache, shape[0])
 
         value = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
         query = self.q_norm(self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim)))
@@ -192,26 +172,25 @@ class DynamicMaskAttention(nn.Module):
         if self.rope_theta is not None:
             if position_ids is None:
                 position_ids = _positions(hidden_states, key_mask, cu_seqlens, cache)
-            else:
-                position_ids = self._check_positions(position_ids, hidden_states)
+            position_ids = _fit_positions(position_ids, hidden_states)
             query, key = (_rotate(x, position_ids, self.rope_theta) for x in (query, key))
         query, key = query.to(value.dtype), key.to(value.dtype)
         scores = self.scores(hidden_states)
 
-        options: dict[str, Any] = dict(self.attention)
+        options = self.attention
         if cache is not None:
-            options = {k: v for k, v in options.items() if k in ("softmax_scale", "softcap", "backend")}
+            names = options.keys() & {"softmax_scale", "softcap", "backend"}
+            options = {name: options[name] for name in names}
             out = cache.step(query, key, value, scores, key_mask=key_mask, **options)
         elif cu_seqlens is None:
-            out = dynamic_mask_attn_func(
-                query, key, value, scores, self.window_size, key_mask=key_mask, **options
-            )
+            options = {**options, "key_mask": key_mask}
+            out = dynamic_mask_attn_func(query, key, value, scores, self.window_size, **options)
         else:
-            longest = _longest(cu_seqlens, len(query))
+            # The longest sequence is at most all; to know it better would be a sync on a GPU.
+            borders = (cu_seqlens, cu_seqlens, len(query), len(query))
             out = dynamic_mask_attn_varlen_func(
-                query, key, value, scores, cu_seqlens, cu_seqlens, longest, longest,
-                self.window_size, **options,
-            )  # fmt: skip
+                query, key, value, scores, *borders, self.window_size, **options
+            )
         return self.o_proj(out.flatten(-2)).view(shape)
 
     def scores(self, hidden_states: Tensor) -> Tensor:
@@ -221,11 +200,10 @@ class DynamicMaskAttention(nn.Module):
         hidden state and the parameters only.
         """
         for name in ("v_proj", "dt_proj"):
-            if not isinstance(getattr(self, name), nn.Linear):
+            if not isinstance(layer := getattr(self, name), nn.Linear):
                 raise TypeError(
-                    f"{name}: expected nn.Linear, got {type(getattr(self, name)).__name__}: its weight "
-                    "is folded into the scores, so an adapter would act on the values but not on the "
-                    "scores; merge it first"
+                    f"{name}: expected nn.Linear, got {type(layer).__name__}: its weight is folded "
+                    "into the scores, which would miss what an adapter adds; merge the adapter"
                 )
         with torch.autocast(hidden_states.device.type, enabled=False):
             rows = self.dt_proj.weight.float()
@@ -245,7 +223,7 @@ class DynamicMaskAttention(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> WindowCache:
-        """An empty `WindowCache` for this layer; default dtype and device are those of `v_proj`.
+        """An empty `WindowCache`, by default with the dtype and device of `v_proj`.
 
         Under autocast pass its dtype. With a `mode` other than ``"causal"`` there is none.
         """
@@ -255,66 +233,70 @@ class DynamicMaskAttention(nn.Module):
             self.num_kv_heads,
             self.head_dim,
             self.window_size,
-            keep_first=self.attention.get("keep_first", 0),
-            keep_recent=self.attention.get("keep_recent", 0),
+            keep_first=self.attention["keep_first"],
+            keep_recent=self.attention["keep_recent"],
             dtype=weight.dtype if dtype is None else dtype,
             device=weight.device if device is None else device,
-            mode=self.attention.get("mode", "causal"),
+            mode=self.attention["mode"],
         )
 
     def extra_repr(self) -> str:
         options = "".join(f", {name}={value!r}" for name, value in self.attention.items())
         return (
-            f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
-            f"window_size={self.window_size}, rope_theta={self.rope_theta}, "
-            f"score_activation={self.score_activation!r}{options}"
+            f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, "
+            f"head_dim={self.head_dim}, window_size={self.window_size}, "
+            f"rope_theta={self.rope_theta}, score_activation={self.score_activation!r}{options}"
         )
 
-    def _check_cache(self, cache: WindowCache, batch: int) -> None:
-        if not isinstance(cache, WindowCache):
-            raise TypeError(f"cache: expected a WindowCache, got {type(cache).__name__}; use make_cache()")
-        own = (
-            self.attention.get("mode", "causal"),
-            batch,
-            self.window_size,
-            self.attention.get("keep_first", 0),
-            self.attention.get("keep_recent", 0),
-        )
-        got = ("causal", len(cache.key), cache.window_size, cache.keep_first, cache.keep_recent)
-        if own != got:
+    def _check(
+        self,
+        hidden_states: Tensor,
+        key_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        cache: WindowCache | None,
+    ) -> None:
+        """Shapes of `forward`, and which arguments exclude each other."""
+        shape, device = hidden_states.shape, hidden_states.device
+        packed = cu_seqlens is not None
+        form = "[T, hidden_size] or [1, T, hidden_size]" if packed else "[B, S, hidden_size]"
+        rank = 2 if packed and len(shape) == 2 else 3
+        if len(shape) != rank or shape[-1] != self.hidden_size or (packed and shape[-3:-2] > (1,)):
             raise ValueError(
-                "cache: expected one for (mode, batch, window_size, keep_first, keep_recent) = "
-                f"{own}, got {got}; use make_cache()"
+                f"hidden_states: expected {form} with hidden_size = {self.hidden_size}, got "
+                f"{tuple(shape)}; [T, hidden_size] goes with cu_seqlens"
             )
-
-    def _check_positions(self, position_ids: Tensor, hidden_states: Tensor) -> Tensor:
-        """Positions that broadcast over ``hidden_states[..., 0]``."""
-        expected = hidden_states.shape[:-1]
-        if isinstance(position_ids, Tensor) and not position_ids.is_floating_point():
-            if len(expected) == 1 and position_ids.shape == (1, *expected):
-                return position_ids[0]
-            if position_ids.shape in (expected, (1, *expected[1:])):
-                return position_ids
-        got = tuple(position_ids.shape) if isinstance(position_ids, Tensor) else type(position_ids)
-        raise ValueError(
-            f"position_ids: expected an integer tensor of shape {tuple(expected)}, or with one row for "
-            f"all, got {got}; give every token its position"
-        )
+        if cu_seqlens is not None:
+            checks.check_cu_seqlens("cu_seqlens", cu_seqlens, shape[-2], device)
+            if key_mask is not None or cache is not None:
+                raise ValueError(
+                    "cu_seqlens: expected neither key_mask nor cache with packed sequences, got "
+                    "both; drop the padding before packing, and decode in a batch"
+                )
+        if key_mask is not None:
+            checks.check_key_mask(key_mask, tuple(shape[:2]), device)
+        if cache is not None:
+            sizes = (self.window_size, self.attention["keep_first"], self.attention["keep_recent"])
+            own = (self.attention["mode"], shape[0], *sizes)
+            sizes = (cache.window_size, cache.keep_first, cache.keep_recent)
+            got = ("causal", len(cache.key), *sizes)
+            if own != got:
+                raise ValueError(
+                    "cache: expected one for (mode, batch, window_size, keep_first, keep_recent) "
+                    f"= {own}, got {got}; use make_cache()"
+                )
 
 
 def _check_options(attention: AttentionOptions) -> None:
-    unknown = attention.keys() - AttentionOptions.__annotations__.keys()
-    if unknown:
-        raise TypeError(
-            f"unknown arguments {sorted(unknown)}; expected any of {list(AttentionOptions.__annotations__)}"
-        )
+    known = AttentionOptions.__annotations__.keys()
+    if unknown := attention.keys() - known:
+        raise TypeError(f"unknown arguments {sorted(unknown)}; expected any of {sorted(known)}")
     mode = attention.get("mode", "causal")
     if mode not in MODES:
         raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
-    if mode != "causal" and attention.get("is_causal") is None:
-        raise ValueError(f"is_causal: expected True or False with mode={mode!r}, got None")
-    if mode == "causal" and attention.get("is_causal") is False:
-        raise ValueError("is_causal: expected None or True with mode='causal', got False")
+    is_causal = attention.get("is_causal")
+    if is_causal is (False if mode == "causal" else None):
+        expected = "None or True" if mode == "causal" else "True or False"
+        raise ValueError(f"is_causal: expected {expected} with mode={mode!r}, got {is_causal}")
     checks.check_count("keep_first", attention.get("keep_first", 0), 0)
     checks.check_count("keep_recent", attention.get("keep_recent", 0), 0)
     checks.check_softcap(attention.get("softcap"))
@@ -326,17 +308,31 @@ def _positions(
     cu_seqlens: Tensor | None,
     cache: WindowCache | None,
 ) -> Tensor:
-    """The number of real tokens before each token of its sequence, ``[B, S]``, ``[1, S]`` or ``[T]``."""
-    length, device = hidden_states.shape[-2], hidden_states.device
-    index = torch.arange(length, device=device)
+    """The number of real tokens before each token of its sequence."""
+    length = hidden_states.shape[-2]
+    index = torch.arange(length, device=hidden_states.device)
     if cu_seqlens is not None:
         return index - sequence_bounds(cu_seqlens, length)[0]
     position = index[None] if key_mask is None else (key_mask.cumsum(-1) - 1).clamp(min=0)
     return position if cache is None else cache.seen_tokens[:, None] + position
 
 
+def _fit_positions(position_ids: Tensor, hidden_states: Tensor) -> Tensor:
+    """Check positions and make them broadcast over ``hidden_states[..., 0]``."""
+    expected = hidden_states.shape[:-1]
+    if isinstance(position_ids, Tensor) and not position_ids.is_floating_point():
+        if len(expected) == 1 and position_ids.shape == (1, *expected):
+            return position_ids[0]
+        if position_ids.shape in (expected, (1, *expected[1:])):
+            return position_ids
+    got = tuple(position_ids.shape) if isinstance(position_ids, Tensor) else position_ids
+    raise ValueError(
+        f"position_ids: expected integers of shape {tuple(expected)}, or one row for all, got {got}"
+    )
+
+
 def _rotate(x: Tensor, position: Tensor, theta: float) -> Tensor:
-    """Rotary embedding of ``[..., S, heads, D]`` in fp32: dimensions ``d`` and ``d + D / 2`` are a pair."""
+    """Rotary embedding of ``[..., S, heads, D]`` in fp32; dimensions ``d``, ``d + D / 2`` pair."""
     half = x.shape[-1] // 2
     frequency = theta ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
     angle = position[..., None, None].float() * frequency
@@ -345,30 +341,24 @@ def _rotate(x: Tensor, position: Tensor, theta: float) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-def _longest(cu_seqlens: Tensor, total: int) -> int:
-    """The longest sequence, or on a GPU, where reading it would be a sync, the bound `total`."""
-    if checks.looks_at_values(cu_seqlens) and len(cu_seqlens) > 1:
-        return int(cu_seqlens.diff().max())
-    return total
-
-
 @torch.library.custom_op(
     "flash_sparse_attn::key_scores",
     mutates_args=(),
-    schema="(Tensor hidden, Tensor weight, Tensor offset, Tensor A, bool exponential) -> (Tensor, Tensor)",
+    schema="(Tensor hidden, Tensor weight, Tensor offset, Tensor A, bool exponential)"
+    " -> (Tensor, Tensor)",
 )
-def _key_scores(hidden, weight, offset, A, exponential):
+def _key_scores(
+    hidden: Tensor, weight: Tensor, offset: Tensor, A: Tensor, exponential: bool
+) -> tuple[Tensor, Tensor]:
     """Scores and logits, fp32 ``[..., Hkv, S]``, of ``hidden [..., S, N]``; ``weight [Hkv, N]``.
 
     An operator of its own, so that a compiler cannot contract or reorder the sums. Products are
     added in halves, element by element: correctly rounded operations in an order fixed by ``N``.
     """
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    # Parts that stay in a processor's cache, or that fill a GPU without needing gigabytes.
-    part = max(1, (1 << (18 if hidden.device.type == "cpu" else 25)) // weight.numel())
-    logits = [_sum_in_halves(chunk.float()[:, None] * weight) for chunk in rows.split(part)]
-    logit = torch.cat(logits).view(*hidden.shape[:-1], -1) + offset
-    logit = logit.transpose(-1, -2).contiguous()
+    products = _PRODUCTS_ON_CPU if hidden.device.type == "cpu" else _PRODUCTS_ON_GPU
+    parts = hidden.reshape(-1, hidden.shape[-1]).split(max(1, products // weight.numel()))
+    logit = torch.cat([_sum_in_halves(part.float()[:, None] * weight) for part in parts]) + offset
+    logit = logit.view(*hidden.shape[:-1], -1).transpose(-1, -2).contiguous()
     # Not F.softplus: on CPUs its vector body and its scalar tail round differently.
     score = A[:, None] * (logit.clamp(min=0) + torch.log1p(torch.exp(-logit.abs())))
     return torch.exp(score) if exponential else score, logit
@@ -385,27 +375,29 @@ def _sum_in_halves(terms: Tensor) -> Tensor:
 
 
 @_key_scores.register_fake
-def _(hidden, weight, offset, A, exponential):
+def _(
+    hidden: Tensor, weight: Tensor, offset: Tensor, A: Tensor, exponential: bool
+) -> tuple[Tensor, Tensor]:
     shape = (*hidden.shape[:-2], weight.shape[0], hidden.shape[-2])
     return weight.new_empty(shape), weight.new_empty(shape)
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     hidden, weight, _, A, ctx.exponential = inputs
     ctx.save_for_backward(hidden, weight, A, *output)
 
 
-def _backward(ctx, grad_score, _):
+def _differentiate(ctx: Any, grad_score: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     """Plain matrix products: a gradient need not have the same bits in every batch."""
     hidden, weight, A, score, logit = ctx.saved_tensors
     with torch.autocast(hidden.device.type, enabled=False):
         grad = grad_score * score if ctx.exponential else grad_score
         grad_A = (grad * F.softplus(logit)).transpose(-1, -2).flatten(0, -2).sum(0)
         grad_logit = (grad * A[:, None] * torch.sigmoid(logit)).transpose(-1, -2)
-        flat = grad_logit.flatten(0, -2)
-        grad_weight = flat.t() @ hidden.flatten(0, -2).float()
+        rows = grad_logit.flatten(0, -2)
+        grad_weight = rows.t() @ hidden.flatten(0, -2).float()
         grad_hidden = (grad_logit @ weight).to(hidden.dtype)
-    return grad_hidden, grad_weight, flat.sum(0), grad_A, None
+    return grad_hidden, grad_weight, rows.sum(0), grad_A, None
 
 
-_key_scores.register_autograd(_backward, setup_context=_setup_context)
+_key_scores.register_autograd(_differentiate, setup_context=_save)

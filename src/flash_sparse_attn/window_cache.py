@@ -15,10 +15,12 @@ from torch import Tensor
 
 from . import checks
 from .attention import flash_sparse_attn_func
-from .selection import NEVER, KeySelection, order_key, select_keys
+from .intervals import NEVER, order_key
+from .selection import KeySelection, select_keys
 
 _TENSORS = ("key", "value", "score", "position", "seen_tokens", "evicted_at")
 _SIZES = ("window_size", "keep_first", "keep_recent")
+_Candidates = tuple[Tensor, Tensor, Tensor]
 
 
 class WindowCache:
@@ -30,11 +32,12 @@ class WindowCache:
     graph: a step is differentiable in its own arguments, not in those of earlier calls.
 
     Attributes:
-        key: ``[B, Hkv, C, D]``, the survivors' keys in slots ordered by position; empty slots hold
-            zeros. ``C = window_size + keep_first + keep_recent``.
+        key: ``[B, Hkv, C, D]``, the survivors' keys in any order, with ``C = window_size +
+            keep_first + keep_recent`` slots. A new key takes the slot of one that was evicted.
         value: ``[B, Hkv, C, D]``.
         score: fp32 ``[B, Hkv, C]``.
-        position: int64 ``[B, Hkv, C]``, the number of real tokens before the key; -1: empty slot.
+        position: int64 ``[B, Hkv, C]``, the number of real tokens before the key. -1 is
+            an empty slot, whose other entries mean nothing.
         seen_tokens: int64 ``[B]``, the number of real tokens read.
         evicted_at: int64 ``[B]``, the value of `seen_tokens` when a key was last evicted.
 
@@ -72,9 +75,9 @@ class WindowCache:
     ) -> None:
         if mode != "causal":
             raise ValueError(
-                f"mode: a WindowCache serves 'causal' only, got {mode!r}: there a key that leaves the "
-                "window never returns and can be forgotten. 'shared' ranks the whole text, later "
-                "tokens included, and 'relu' has no bound; keep all keys for them"
+                f"mode: a WindowCache serves 'causal' only, got {mode!r}: there a key that leaves "
+                "the window never returns and can be forgotten. 'shared' ranks the whole text, "
+                "later tokens included, and 'relu' has no bound; keep all keys for them"
             )
         checks.check_count("batch_size", batch_size, 1)
         checks.check_count("num_kv_heads", num_kv_heads, 1)
@@ -117,8 +120,8 @@ class WindowCache:
             TypeError, ValueError: An argument does not fit. The cache is unchanged.
         """
         self._check(key, value, scores, key_mask)
-        score, position, seen = self._candidates(scores, key_mask)
-        self._commit(key, value, score, position, seen, self._kept(score, position, seen))
+        candidates = self._candidates(scores, key_mask)
+        self._commit(key, value, candidates, self._kept(*candidates))
 
     def step(
         self,
@@ -132,7 +135,7 @@ class WindowCache:
         softcap: float | None = None,
         return_lse: bool = False,
         backend: str | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Any:
         """Attend from the next ``T`` tokens, as over the whole text, then read them.
 
         A key that is worse than ``W`` survivors when it arrives is neither stored nor visible, not
@@ -154,6 +157,7 @@ class WindowCache:
 
         Raises:
             TypeError, ValueError: An argument does not fit. The cache is unchanged.
+            RuntimeError: The named backend cannot run. The cache is unchanged.
         """
         self._check(key, value, scores, key_mask)
         checks.check_qkv(query, key, value)
@@ -161,15 +165,14 @@ class WindowCache:
             raise ValueError(
                 f"query: expected T = {key.shape[1]} tokens as in key, got {query.shape[1]}"
             )
-        score, position, seen = self._candidates(scores, key_mask)
-        kept = self._kept(score, position, seen)
-        start, expiry = self._intervals(score, position, kept)
-        selection = KeySelection(
-            start[:, None], expiry[:, None], score.detach()[:, None], "causal", **self._sizes()
-        )
+        score, position, _ = candidates = self._candidates(scores, key_mask)
+        kept = self._kept(*candidates)
+        intervals = self._intervals(score, position, kept)
+        sizes = (self.window_size, self.keep_first, self.keep_recent)
+        selection = KeySelection(*intervals, score.detach()[:, None], "causal", *sizes)
 
         # Survivors differ from head to head: each (batch entry, KV head) is a batch entry here.
-        batch, length, heads, head_dim = query.shape
+        batch, length, heads = query.shape[:3]
         kv_heads = key.shape[2]
         result = flash_sparse_attn_func(
             query.unflatten(2, (kv_heads, -1)).transpose(1, 2).flatten(0, 1),
@@ -182,7 +185,7 @@ class WindowCache:
             return_lse=return_lse,
             backend=backend,
         )
-        self._commit(key, value, score, position, seen, kept)
+        self._commit(key, value, candidates, kept)
 
         out, lse = result if return_lse else (result, None)
         out = out.unflatten(0, (batch, kv_heads)).transpose(1, 2).reshape(query.shape)
@@ -198,10 +201,10 @@ class WindowCache:
         latest = int(self.evicted_at.max())
         if length < latest:
             raise ValueError(
-                f"length: cannot roll back to {length} tokens: a key was evicted at token {latest}, "
-                "is gone, and would be visible again; keep a copy from before (copy.deepcopy)"
+                f"length: cannot roll back to {length} tokens: a key was evicted at {latest}; "
+                "it is gone and would be visible again; keep a copy from before (copy.deepcopy)"
             )
-        self._erase(self.position >= length)
+        self.position.masked_fill_(self.position >= length, -1)
         self.seen_tokens.clamp_(max=length)
 
     def reorder(self, index: Tensor) -> None:
@@ -229,7 +232,7 @@ class WindowCache:
 
     def reset(self) -> None:
         """Forget the text; the memory stays."""
-        self._erase(torch.ones_like(self.position, dtype=torch.bool))
+        self.position.fill_(-1)
         self.seen_tokens.zero_()
         self.evicted_at.zero_()
 
@@ -292,14 +295,13 @@ class WindowCache:
         checks.check_scores(scores, key)
         if scores.dtype not in (torch.float16, torch.bfloat16, torch.float32):
             raise TypeError(
-                f"scores: expected float16, bfloat16 or float32 (the cache keeps float32), got "
-                f"{scores.dtype}; use .float()"
+                f"scores: expected 16 or 32 bit floats, got {scores.dtype}; use .float()"
             )
         checks.check_selection_arguments(
             scores, self.window_size, "causal", ("causal",), key_mask, None, 0, 0
         )
 
-    def _candidates(self, scores: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _candidates(self, scores: Tensor, key_mask: Tensor | None) -> _Candidates:
         """``[survivors | new tokens]``: scores and positions ``[B * Hkv, C + T]``; seen ``[B]``."""
         if key_mask is None:
             key_mask = torch.ones_like(scores[:, 0], dtype=torch.bool)
@@ -312,11 +314,11 @@ class WindowCache:
         )
 
     def _kept(self, score: Tensor, position: Tensor, seen: Tensor) -> Tensor:
-        """The candidates that a query after `seen` real tokens can see, bool ``[B * Hkv, C + T]``."""
+        """The candidates visible after `seen` real tokens, bool ``[B * Hkv, C + T]``."""
         occupied = position >= 0
-        # One integer holds the order, score before position: candidates stand by position.
-        index = torch.arange(score.shape[-1], device=score.device)
-        order = torch.where(occupied, order_key(score.detach()).long(), -(2**31)) * 2**32 + index
+        # One integer holds the order: score, then position.
+        order = order_key(score.detach()[:, None], occupied)[:, 0].long() * 2**32
+        order += position.clamp(min=0)
         best = order.topk(self.window_size, dim=-1, sorted=False).values
         kept = order >= best.amin(-1, keepdim=True)
         kept |= position < self.keep_first
@@ -324,13 +326,17 @@ class WindowCache:
         return kept & occupied
 
     def _intervals(self, score: Tensor, position: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-        """Start and expiry of each candidate for queries at ``C ... C + T - 1``, int32."""
+        """Start and expiry of candidates for queries from ``C`` on, ``[B * Hkv, 1, C + T]``."""
         capacity, total = self.key.shape[2], score.shape[-1]
         start = torch.arange(total, dtype=torch.int32, device=score.device).repeat(len(score), 1)
         if total == capacity + 1:  # a single query sees exactly what is kept
-            return start, torch.where(kept, NEVER, start)
+            return start[:, None], torch.where(kept, NEVER, start)[:, None]
         occupied = position >= 0
-        expiry = select_keys(score[:, None], self.window_size, key_mask=occupied).expiry[:, 0]
+        order = start.long()
+        order[:, :capacity] = position[:, :capacity].argsort(-1)
+        score, key_mask = score.gather(1, order)[:, None], occupied.gather(1, order)
+        expiry = select_keys(score, self.window_size, key_mask=key_mask).expiry[:, 0]
+        expiry = torch.zeros_like(expiry).scatter(1, order, expiry)
         expiry = torch.where(position < self.keep_first, NEVER, expiry)
         if self.keep_recent:
             # A key stops being recent when the new real token of this number (from 1) arrives.
@@ -338,51 +344,46 @@ class WindowCache:
             arrived = occupied[:, capacity:].cumsum(-1)
             expiry = torch.maximum(expiry, capacity + torch.searchsorted(arrived, number).int())
         expiry = torch.where(expiry < total, expiry, NEVER)
-        return start, torch.where(occupied, expiry, start)
+        seen = occupied & (expiry > start.clamp(min=capacity))
+        return start[:, None], torch.where(seen, expiry, start)[:, None]
 
     @torch.no_grad()
-    def _commit(
-        self,
-        key: Tensor,
-        value: Tensor,
-        score: Tensor,
-        position: Tensor,
-        seen: Tensor,
-        kept: Tensor,
-    ) -> None:
-        """Make the kept candidates the survivors, in the order of their positions."""
-        batch, kv_heads, capacity, _ = self.key.shape
-        total = score.shape[-1]
-        if total == capacity:
+    def _commit(self, key: Tensor, value: Tensor, candidates: _Candidates, kept: Tensor) -> None:
+        """Empty the slots of evicted keys, and put the kept new ones into empty slots."""
+        score, position, seen = candidates
+        slots, (batch, length, kv_heads) = self.position.shape, key.shape[:3]
+        if length == 0:
             return
         # A newest token that is not kept was never visible: losing it takes nothing from the past.
         lost = (position >= 0) & ~kept & (position < self._rows(seen) - 1)
         evicted = lost.view(batch, -1).any(-1)
-
-        rank = torch.arange(1, capacity + 1, device=score.device).expand(len(score), -1)
-        source = torch.searchsorted(kept.cumsum(-1), rank.contiguous())
-        empty = source == total
-        source = source.clamp(max=total - 1)
-        self.score.copy_(score.gather(1, source).masked_fill(empty, 0.0).view_as(self.score))
-        self.position.copy_(position.gather(1, source).masked_fill(empty, -1).view_as(self.score))
-
-        source, empty = source.view_as(self.score), empty.view_as(self.score)
-        is_new = source >= capacity
-        entry = torch.arange(batch, device=score.device)[:, None, None]
-        head = torch.arange(kv_heads, device=score.device)[:, None]
-        for state, new in ((self.key, key), (self.value, value)):
-            old = state[entry, head, source.clamp(max=capacity - 1)]
-            new = new[entry, (source - capacity).clamp(min=0), head]
-            state.copy_(torch.where(is_new[..., None], new, old).masked_fill(empty[..., None], 0.0))
-        self.seen_tokens.copy_(seen)
         self.evicted_at.copy_(torch.where(evicted, seen, self.evicted_at))
+        self.seen_tokens.copy_(seen)
 
-    def _erase(self, slots: Tensor) -> None:
-        """Empty these slots, bool ``[B, Hkv, C]``."""
-        self.key.masked_fill_(slots[..., None], 0.0)
-        self.value.masked_fill_(slots[..., None], 0.0)
-        self.score.masked_fill_(slots, 0.0)
-        self.position.masked_fill_(slots, -1)
+        stays, enters = kept.view(batch, kv_heads, -1).split([slots[2], length], dim=-1)
+        self.position.masked_fill_(~stays, -1)
+        # The n-th kept new token goes to the n-th empty slot. There may be fewer of either: pairs
+        # without a slot repeat the first pair, and slots without a token get what they hold.
+        pairs = torch.arange(1, min(slots[2], length) + 1, device=seen.device)
+        empty = (~stays).cumsum(-1)
+        pairs = torch.where(pairs <= empty[..., -1:], pairs, 1)
+        slot = torch.searchsorted(empty, pairs).clamp(max=slots[2] - 1)
+        token = torch.searchsorted(enters.cumsum(-1), pairs)
+        entry = torch.arange(batch, device=seen.device)[:, None, None]
+        head = torch.arange(kv_heads, device=seen.device)[:, None]
+        is_new, token = token < length, token.clamp(max=length - 1)
+        new_score, new_position = (
+            t.view(*slots[:2], -1)[..., slots[2] :] for t in (score, position)
+        )
+        for state, new in (
+            (self.key, key[entry, token, head]),
+            (self.value, value[entry, token, head]),
+            (self.score, new_score.gather(2, token)),
+            (self.position, new_position.gather(2, token)),
+        ):
+            old = state[entry, head, slot]
+            mask = is_new.view(*is_new.shape, *[1] * (new.dim() - 3))
+            state[entry, head, slot] = torch.where(mask, new, old)
 
     def _rows(self, per_entry: Tensor) -> Tensor:
         """``[B]`` as a column for arrays of ``[B * Hkv, C + T]``."""

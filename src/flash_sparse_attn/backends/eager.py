@@ -41,6 +41,18 @@ def attention(
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """``out [B, Q, H, D]`` and ``lse [B, H, Q]``; packed calls as one batch entry."""
+    with torch.autocast(problem.device.type, enabled=False):  # autocast would round the products
+        return _attention(problem, query, key, value, mask, bias)
+
+
+def _attention(
+    problem: Problem,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | KeySelection | None,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     if problem.packed is None:
         return _Attention.apply(problem, mask, query, key, value, bias)
     outs, lses = [query[:, :0]], [query.new_empty(1, problem.num_heads, 0, dtype=_lse_dtype(query))]
@@ -83,25 +95,23 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, problem, mask, query, key, value, bias):  # type: ignore[no-untyped-def]
         walk = Walk(problem, mask, query, key, value, bias)
         out = torch.zeros_like(query, memory_format=torch.contiguous_format)
-        lse = torch.full(
-            (problem.batch, problem.num_heads, problem.query_len),
-            -torch.inf,
-            dtype=walk.dtype,
-            device=query.device,
-        )
+        rows = (problem.batch, problem.num_heads, problem.query_len)
+        # Peak and sum of a row are kept apart: their lse has too few digits for biases like 1e4.
+        peaks = torch.full(rows, -torch.inf, dtype=walk.dtype, device=query.device)
+        totals = torch.zeros(rows, dtype=walk.dtype, device=query.device)
         for tile in walk.tiles():
             probs, _ = walk.scores(tile, walk.queries(query, tile), walk.keys(tile))
             peak = probs.amax(dim=-1, keepdim=True)
-            peak = torch.where(peak == -torch.inf, 0.0, peak)
-            probs.sub_(peak).exp_()
+            walk.put_rows(peaks, tile, peak)
+            probs.sub_(torch.where(peak == -torch.inf, 0.0, peak)).exp_()
             total = probs.sum(dim=-1, keepdim=True)
+            walk.put_rows(totals, tile, total)
             part = torch.matmul(probs, walk.values(tile)) / torch.where(total == 0, 1.0, total)
             walk.put_queries(out, tile, part)
-            walk.put_rows(lse, tile, peak + total.log())
+        lse = (peaks + totals.log()).to(_lse_dtype(query))
         walk.check_rows(lse)
         ctx.problem, ctx.mask = problem, mask
-        ctx.save_for_backward(query, key, value, bias, out, lse)
-        lse = lse.to(_lse_dtype(query))
+        ctx.save_for_backward(query, key, value, bias, out, peaks, totals)
         ctx.mark_non_differentiable(lse)
         return out, lse
 
@@ -109,7 +119,7 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_out, _):  # type: ignore[no-untyped-def]
         problem, mask = ctx.problem, ctx.mask
-        query, key, value, bias, out, lse = ctx.saved_tensors
+        query, key, value, bias, out, peaks, totals = ctx.saved_tensors
         needs_query, needs_key, needs_value, needs_bias = ctx.needs_input_grad[2:]
         needs_scores = needs_query or needs_key or needs_bias
         walk = Walk(problem, mask, query, key, value, bias)
@@ -119,17 +129,20 @@ class _Attention(torch.autograd.Function):
         grad_bias = None
         if needs_bias:
             grad_bias = torch.zeros(bias.numel(), dtype=walk.dtype, device=bias.device)
-        # delta = rowsum(dO * O) = rowsum(P * dP)
-        delta = torch.einsum("bqhd,bqhd->bhq", grad_out.to(walk.dtype), out.to(walk.dtype))
-        hidden = lse == -torch.inf
-        lse = torch.where(hidden, torch.inf, lse)  # exp(s - inf) = 0 in rows without a key
+        # P = exp(s - peak) / total: the division is done once on the rows of dO and of
+        # delta = rowsum(dO * O) = rowsum(P * dP). Rows without a key have P = exp(s - inf) = 0.
+        peaks = torch.where(peaks == -torch.inf, torch.inf, peaks)
+        inverse = torch.where(totals == 0, 0.0, 1.0 / totals)
+        delta = (
+            torch.einsum("bqhd,bqhd->bhq", grad_out.to(walk.dtype), out.to(walk.dtype)) * inverse
+        )
 
-        with _repeatable(problem):
+        with _repeatable(problem), torch.autocast(problem.device.type, enabled=False):
             for tile in walk.tiles():
                 rows, keys = walk.queries(query, tile), walk.keys(tile)
                 scores, slope = walk.scores(tile, rows, keys, with_slope=needs_query or needs_key)
-                probs = scores.sub_(walk.rows(lse, tile)).exp_()
-                grad = walk.queries(grad_out, tile)
+                probs = scores.sub_(walk.rows(peaks, tile)).exp_()
+                grad = walk.queries(grad_out, tile) * walk.rows(inverse, tile)
                 if grad_value is not None:
                     walk.add_keys(grad_value, tile, torch.matmul(probs.mT, grad))
                 if not needs_scores:

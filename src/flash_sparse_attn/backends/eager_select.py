@@ -28,6 +28,8 @@ def intervals(
 ) -> tuple[Tensor, Tensor]:
     """Start and expiry of every key, int32 in the shape of `score`."""
     key_len = score.shape[-1]
+    if score.numel() == 0:
+        return score.to(torch.int32), score.to(torch.int32)
     first, end = sequence_bounds(cu_seqlens, key_len, score.device)
     position = torch.arange(key_len, device=score.device) - first
     real = None if key_mask is None else mask_rows(key_mask, score.shape)
@@ -66,8 +68,6 @@ def intervals(
 
 def _by_rows(function: Callable[[Tensor], Tensor], key: Tensor) -> Tensor:
     """Apply a function of ``[rows, K]`` to all leading dimensions, a bounded number at a time."""
-    if key.numel() == 0:
-        return torch.zeros_like(key, dtype=torch.int64)
     rows = key.reshape(-1, key.shape[-1])
     groups = rows.split(max(1, _KEYS_PER_GROUP // key.shape[-1]))
     return torch.cat([function(group) for group in groups]).view(key.shape)

@@ -7,7 +7,7 @@ heads of a KV head, ``L`` for the queries of an epoch and ``P`` for its key slot
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -88,7 +88,18 @@ class Walk:
                 keys = keys[seen.expand(problem.key_len)[: keys.numel()]]
             if keys.numel():
                 keys = keys.view(1, 1, -1)
-                yield Tile(begin, 1, size, keys, torch.ones_like(keys, dtype=torch.bool))
+                tile = Tile(begin, 1, size, keys, torch.ones_like(keys, dtype=torch.bool))
+                yield replace(tile, used=self._seen(tile))
+
+    def _seen(self, tile: Tile) -> Tensor:
+        """The slots that any query of the tile sees, ``[R or 1, E, P]``: the others are not read."""
+        visible = self._visible(tile)
+        if self.bias is not None:
+            visible = visible & (self._spread(self.bias, tile) != -torch.inf)
+        seen = visible.any(dim=4).any(dim=3)
+        if seen.shape[0] * seen.shape[1] > 1:
+            seen = seen.expand(self.problem.batch, self.problem.num_kv_heads, -1, -1)
+        return seen.flatten(0, 1)
 
     def _selection_tiles(self, selection: KeySelection) -> Iterator[Tile]:
         problem = self.problem
@@ -113,7 +124,7 @@ class Walk:
             begin = epochs.start * length
             # Without a bound from shapes the width follows the past: what is alive at the epoch.
             width = survivors.most(epochs) if capacity is None else capacity
-            width = min(-(-width // _MIN_EPOCH) * _MIN_EPOCH, problem.key_len)
+            width = min(-(-max(width, 1) // _MIN_EPOCH) * _MIN_EPOCH, problem.key_len)
             old = survivors.table(epochs, width)
             position = torch.arange(epochs.start, epochs.stop, device=index.device) * length + shift
             new = position[:, None] + torch.arange(1, size, device=index.device)
@@ -174,7 +185,7 @@ class Walk:
 
     def _gather(self, rows: Tensor, tile: Tile) -> Tensor:
         slots = self.slots(tile)
-        return rows.index_select(0, slots.flatten()).view(*slots.shape, -1)
+        return rows.index_select(0, slots.flatten()).view(*slots.shape, rows.shape[1])
 
     def add_keys(self, target: Tensor, tile: Tile, part: Tensor) -> None:
         """Add ``[R, E, P, D]`` to the rows of the keys; unused slots add to the spare row."""
@@ -215,8 +226,8 @@ class Walk:
     def _visible(self, tile: Tile) -> Tensor:
         """Bool, broadcastable to ``[B, Hkv, E, G, L, P]``."""
         problem = self.problem
-        keys = tile.keys.unflatten(0, (-1, problem.num_kv_heads if tile.keys.shape[0] > 1 else 1))
-        used = tile.used.view(keys.shape)[:, :, :, None, None]
+        keys = self._by_head(tile.keys)
+        used = self._by_head(tile.used)[:, :, :, None, None]
         position = torch.arange(tile.epochs * tile.length, device=keys.device)
         position = (position + tile.begin + problem.key_len - problem.query_len).view(
             tile.epochs, 1, tile.length, 1
@@ -237,6 +248,11 @@ class Walk:
             visible = visible & (keys[:, :, :, None, None] <= position)
         return visible if self.mask is None else visible & self._spread(self.mask, tile)
 
+    def _by_head(self, slots: Tensor) -> Tensor:
+        """``[R or 1, E, P]`` to ``[B or 1, Hkv or 1, E, P]``."""
+        kv_heads = self.problem.num_kv_heads if slots.shape[0] > 1 else 1
+        return slots.unflatten(0, (-1, kv_heads))
+
     def _offsets(self, shape: torch.Size, strides: tuple[int, ...], tile: Tile) -> Tensor:
         """Offsets of a 4-D tensor's elements, broadcastable to ``[B, Hkv, E, G, L, P]``."""
         problem = self.problem
@@ -253,9 +269,7 @@ class Walk:
             rows = torch.arange(tile.epochs * tile.length, device=device) + tile.begin
             offset = offset + rows.view(tile.epochs, 1, tile.length, 1) * strides[2]
         if shape[3] > 1:
-            kv_heads = problem.num_kv_heads if tile.keys.shape[0] > 1 else 1
-            keys = tile.keys.unflatten(0, (-1, kv_heads))
-            offset = offset + keys[:, :, :, None, None] * strides[3]
+            offset = offset + self._by_head(tile.keys)[:, :, :, None, None] * strides[3]
         return offset
 
     def _spread(self, tensor: Tensor, tile: Tile) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from flash_sparse_attn.checks import check_count, check_tensor
-from flash_sparse_attn.selection import order_key
+from flash_sparse_attn.intervals import order_key
 
 _NEVER_CHOSEN = torch.iinfo(torch.int32).min
 

@@ -1,0 +1,142 @@
+"""Question b: what does it cost? Time and peak memory against PyTorch's attention by length."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..bench.cases import Case
+from ..bench.console import Progress, format_bytes, format_seconds, table
+from ..bench.measure import measure_isolated
+from ..bench.providers import verify
+
+COLUMNS = {
+    "ours": "dynamic mask",
+    "sdpa-causal": "dense causal SDPA",
+    "sdpa-masked": "SDPA, N x N mask",
+}
+
+
+@dataclass(frozen=True)
+class CostSettings:
+    """Shapes that are measured, each in a process of its own.
+
+    Attributes:
+        lengths: Of the sequence.
+        window: Keys that a query sees.
+        masked_up_to: Longest sequence for SDPA with a stored mask, whose memory grows with its square.
+        budget_seconds: No new repetition is started after this time.
+    """
+
+    lengths: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384)
+    window: int = 256
+    masked_up_to: int = 4096
+    budget_seconds: float = 2.0
+
+
+QUICK = CostSettings(lengths=(256,), window=32, masked_up_to=256, budget_seconds=0.1)
+
+
+def make_case(settings: CostSettings, length: int, device: torch.device) -> Case:
+    """One query group of two on each KV head; on a GPU in bf16 and with more heads."""
+    gpu = device.type == "cuda"
+    return Case(
+        f"demo-{length}",
+        "attention",
+        1,
+        16 if gpu else 4,
+        4 if gpu else 2,
+        length,
+        64,
+        settings.window,
+        dtype="bfloat16" if gpu else "float32",
+        device=device.type,
+    )
+
+
+def run(settings: CostSettings, device: torch.device) -> dict[str, Any]:
+    """Check every method against fp64, then time it; see `describe` for what is printed."""
+    cases = {length: make_case(settings, length, device) for length in settings.lengths}
+    first = cases[settings.lengths[0]]
+    errors = {name: max(verify(first, name).values()) for name in COLUMNS}
+    jobs = [
+        (name, length)
+        for length in settings.lengths
+        for name in COLUMNS
+        if name != "sdpa-masked" or length <= settings.masked_up_to
+    ]
+    measured: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in COLUMNS}
+    with Progress("measure", len(jobs)) as bar:
+        for name, length in jobs:
+            measured[name][length] = measure_isolated(
+                cases[length], name, budget_seconds=settings.budget_seconds
+            )
+            bar.update(f"{COLUMNS[name]}, {length} tokens")
+    return {"settings": settings, "case": first, "measured": measured, "errors": errors}
+
+
+def describe(results: dict[str, Any]) -> str:
+    """The answer in words and a table."""
+    settings: CostSettings = results["settings"]
+    case: Case = results["case"]
+    measured, errors = results["measured"], results["errors"]
+    rows = [_row(length, measured) for length in settings.lengths]
+    shortest, longest = settings.lengths[0], settings.lengths[-1]
+    ours, dense = measured["ours"], measured["sdpa-causal"]
+    faster_from = next((n for n in settings.lengths if _seconds(ours[n]) < _seconds(dense[n])), None)
+    lines = [
+        f"  Forward and backward pass with all gradients: batch {case.batch}, {case.heads} query heads, "
+        f"{case.kv_heads} KV heads of {case.head_dim},",
+        f"  {case.dtype}, {case.window} keys for every query, random scores; medians. Ours includes the selection.",
+        "  Dense causal SDPA reads all keys and has no learned bias: the usual, different function.",
+        "  SDPA with a stored N x N mask and bias computes the same function as ours (mask building included).",
+        "",
+        table(
+            [
+                "length",
+                *(COLUMNS[name] for name in COLUMNS),
+                "dense / ours",
+                "memory ours",
+                "dense",
+                "N x N mask",
+            ],
+            rows,
+        ),
+        "",
+        "  Peak memory is above the inputs. Largest error of output and gradients against fp64: "
+        + ", ".join(f"{COLUMNS[name]} {error:.0e}" for name, error in errors.items())
+        + ".",
+        "",
+    ]
+    ratio = _seconds(dense[longest]) / _seconds(ours[longest])
+    answer = f"  Answer: at length {longest} the dynamic mask takes 1/{ratio:.1f} of the time of dense causal SDPA"
+    if ratio < 1:
+        answer = f"  Answer: at length {longest} the dynamic mask is {1 / ratio:.1f} times SLOWER than dense causal SDPA"
+    lines.append(
+        answer + (f"; it is faster from length {faster_from} on." if faster_from and ratio >= 1 else ".")
+    )
+    if longest > shortest:
+        growth = [_seconds(x[longest]) / _seconds(x[shortest]) for x in (ours, dense)]
+        lines.append(
+            f"  From {shortest} to {longest} tokens ({longest // shortest} times) its time grows "
+            f"{growth[0]:.0f} times, that of dense attention {growth[1]:.0f} times."
+        )
+    return "\n".join(lines)
+
+
+def _row(length: int, measured: dict[str, dict[int, dict[str, Any]]]) -> list[str]:
+    found = [measured[name].get(length) for name in COLUMNS]
+    ours, dense = found[0], found[1]
+    assert ours is not None and dense is not None
+    return [
+        str(length),
+        *(format_seconds(_seconds(one) if one else None) for one in found),
+        f"{_seconds(dense) / _seconds(ours):.2f}",
+        *(format_bytes(one["peak_bytes"] if one else None) for one in found),
+    ]
+
+
+def _seconds(measured: dict[str, Any]) -> float:
+    return measured["seconds"]["total"]

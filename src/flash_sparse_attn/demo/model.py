@@ -1,0 +1,213 @@
+"""The small causal transformer of the demo; its attention is the only part that differs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..bench.console import Progress
+from ..nn import DynamicMaskAttention
+from ..window_cache import WindowCache
+
+KINDS = {
+    "full": "full attention",
+    "window": "sliding window",
+    "dynamic": "dynamic mask",
+}
+"""The three attentions that are compared."""
+
+ROPE_THETA = 10000.0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of a `SmallModel`.
+
+    Attributes:
+        tokens: Size of the vocabulary that is read.
+        classes: Size of the vocabulary that is predicted.
+        width: Width of the residual stream.
+        layers, heads, kv_heads, head_dim: As usual.
+        window: Keys that a query of the sliding window and of the dynamic mask sees.
+        feed_forward: Width of the feed-forward part over `width`; 0 for none.
+    """
+
+    tokens: int
+    classes: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    window: int
+    feed_forward: int = 0
+
+
+class PlainAttention(nn.Module):
+    """Ordinary causal self-attention by PyTorch's SDPA, over all keys or the newest `window`."""
+
+    def __init__(self, config: ModelConfig, window: int | None) -> None:
+        super().__init__()
+        self.head_dim, self.window = config.head_dim, window
+        self.q_proj = nn.Linear(config.width, config.heads * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.heads * config.head_dim, config.width, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """``[B, S, width]`` to the same."""
+        query, key, value = (
+            project(hidden).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        position = torch.arange(hidden.shape[1], device=hidden.device)
+        query, key = (_rotate(x, position).to(value.dtype) for x in (query, key))
+        grouped = query.shape[1] != key.shape[1]
+        if self.window is None:
+            out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+        else:
+            age = position[:, None] - position
+            near = (age >= 0) & (age < self.window)
+            out = F.scaled_dot_product_attention(query, key, value, attn_mask=near, enable_gqa=grouped)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class SmallModel(nn.Module):
+    """Embedding, residual layers of attention and feed-forward, and a linear read-out.
+
+    Args:
+        config: Sizes.
+        kind: One of `KINDS`.
+    """
+
+    def __init__(self, config: ModelConfig, kind: str) -> None:
+        super().__init__()
+        self.config, self.kind = config, kind
+        self.embedding = nn.Embedding(config.tokens, config.width)
+        nn.init.normal_(self.embedding.weight, std=0.5)
+        self.attention_norms = _norms(config)
+        self.attentions = nn.ModuleList(_attention(config, kind) for _ in range(config.layers))
+        self.feed_forward_norms = _norms(config)
+        self.feed_forwards = nn.ModuleList(_feed_forward(config) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(config.width)
+        self.read_out = nn.Linear(config.width, config.classes, bias=False)
+
+    def forward(
+        self, tokens: Tensor, *, last: int | None = None, caches: list[WindowCache] | None = None
+    ) -> Tensor:
+        """Logits ``[B, S, classes]`` of ``tokens [B, S]``.
+
+        Args:
+            tokens: int64.
+            last: Logits of the last positions only.
+            caches: One for each layer (`make_caches`); the tokens continue the cached text. For the
+                kind ``"dynamic"``.
+        """
+        hidden = self.embedding(tokens)
+        for index, (norm, attention) in enumerate(zip(self.attention_norms, self.attentions, strict=True)):
+            cache = {} if caches is None else {"cache": caches[index]}
+            hidden = hidden + attention(norm(hidden), **cache)
+            if self.config.feed_forward:
+                norm, layer = self.feed_forward_norms[index], self.feed_forwards[index]
+                hidden = hidden + layer(norm(hidden))
+        if last is not None:
+            hidden = hidden[:, -last:]
+        return self.read_out(self.norm(hidden))
+
+    def make_caches(self, batch: int) -> list[WindowCache]:
+        """Empty decoding states of all layers."""
+        return [attention.make_cache(batch) for attention in self.dynamic_layers()]
+
+    def dynamic_layers(self) -> Iterator[DynamicMaskAttention]:
+        """The attention layers of a model of the kind ``"dynamic"``."""
+        for attention in self.attentions:
+            if not isinstance(attention, DynamicMaskAttention):
+                raise TypeError(f"kind: expected a 'dynamic' model, got {self.kind!r}")
+            yield attention
+
+    def parameters_count(self) -> int:
+        """Number of trained numbers."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+
+def train(
+    model: SmallModel,
+    loss_of_step: Callable[[int], Tensor],
+    steps: int,
+    learning_rate: float,
+    bar: Progress,
+) -> list[float]:
+    """Train with AdamW: warm-up over a tenth of the steps, cosine decay to a twentieth of the rate.
+
+    Args:
+        model: Trained in place.
+        loss_of_step: The loss at a step.
+        steps: Fixed number of steps.
+        learning_rate: Highest rate.
+        bar: Advanced by one at each step.
+
+    Returns:
+        The loss of every step.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    warm_up = max(1, steps // 10)
+
+    def factor(step: int) -> float:
+        return min(1.0, (step + 1) / warm_up) * (0.525 + 0.475 * math.cos(math.pi * step / steps))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    losses = []
+    for step in range(steps):
+        loss = loss_of_step(step)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(float(loss.detach()))
+        bar.update(f"loss {losses[-1]:.3f}")
+    return losses
+
+
+def precision(device: torch.device) -> torch.autocast:
+    """fp32 on the CPU; bf16 autocast on a GPU, whose kernels take 16-bit inputs."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def _attention(config: ModelConfig, kind: str) -> nn.Module:
+    if kind == "dynamic":
+        return DynamicMaskAttention(
+            config.width,
+            config.heads,
+            config.window,
+            num_kv_heads=config.kv_heads,
+            head_dim=config.head_dim,
+            rope_theta=ROPE_THETA,
+        )
+    return PlainAttention(config, config.window if kind == "window" else None)
+
+
+def _feed_forward(config: ModelConfig) -> nn.Module:
+    if not config.feed_forward:
+        return nn.Identity()
+    inner = config.feed_forward * config.width
+    return nn.Sequential(nn.Linear(config.width, inner), nn.GELU(), nn.Linear(inner, config.width))
+
+
+def _norms(config: ModelConfig) -> nn.ModuleList:
+    return nn.ModuleList(nn.RMSNorm(config.width) for _ in range(config.layers))
+
+
+def _rotate(x: Tensor, position: Tensor) -> Tensor:
+    """Rotary embedding of ``[B, heads, S, D]``; dimensions ``d`` and ``d + D / 2`` are a pair."""
+    half = x.shape[-1] // 2
+    frequency = ROPE_THETA ** (-torch.arange(half, device=x.device) / half)
+    angle = position[:, None] * frequency
+    first, second = x.float().split(half, dim=-1)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

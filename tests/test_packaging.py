@@ -1,0 +1,151 @@
+"""Sizes of files and signatures, metadata, and what installing the package would bring."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.metadata
+import inspect
+import json
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from test_imports import PUBLIC
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE = ROOT / "src"
+FILES = {path.relative_to(SOURCE).as_posix(): path for path in sorted(SOURCE.rglob("*.py"))}
+PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+PYTHONS = ("3.10", "3.11", "3.12", "3.13")
+EXTRAS = ("triton", "interpreter", "transformers", "bench", "demo", "docs", "dev")
+OBJECTS = sorted(PUBLIC - {"__version__"})
+PROJECT_FILES = (
+    "LICENSE",
+    "CHANGELOG.md",
+    "CITATION.cff",
+    "CODE_OF_CONDUCT.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    ".github/ISSUE_TEMPLATE/bug_report.yml",
+    "src/flash_sparse_attn/py.typed",
+    "src/flash_dmattn/py.typed",
+)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_stay_readable(name):
+    limit = 500 if "/triton/" in name else 400
+    lines = len(FILES[name].read_text(encoding="utf-8").splitlines())
+    assert lines <= limit, f"{name} has {lines} lines, the limit is {limit}"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_syntax_is_that_of_the_oldest_python(name):
+    ast.parse(FILES[name].read_text(encoding="utf-8"), feature_version=(3, 10))
+
+
+def options_of(function: object) -> list[str]:
+    """Arguments beyond the tensors; max_seqlen_q and max_seqlen_k describe packed tensors."""
+    tensors = ("Tensor", "Mask", "KeySelection")
+    return [
+        parameter.name
+        for parameter in inspect.signature(function).parameters.values()
+        if not any(name in str(parameter.annotation) for name in tensors)
+        and not parameter.name.startswith("max_seqlen_")
+    ]
+
+
+@pytest.mark.parametrize("name", OBJECTS)
+def test_public_signatures_stay_short(name):
+    public = getattr(importlib.import_module("flash_sparse_attn"), name)
+    functions = [public]
+    if inspect.isclass(public):
+        members = inspect.getmembers(public, inspect.isfunction)
+        functions += [f for f_name, f in members if not f_name.startswith("_")]
+    for function in functions:
+        options = options_of(function)
+        assert len(options) <= 10, f"{function.__qualname__} has {len(options)}: {options}"
+
+
+@pytest.mark.parametrize("name", OBJECTS)
+def test_public_names_are_documented(name):
+    doc = getattr(importlib.import_module("flash_sparse_attn"), name).__doc__
+    assert doc and len(doc.split()) > 5
+
+
+def requirements_of(extra: str) -> list[str]:
+    """What an extra asks for; '' stands for the package itself."""
+    pattern = rf"^{extra or 'dependencies'} = (\[.*?\])$"
+    match = re.search(pattern, PYPROJECT, re.MULTILINE | re.DOTALL)
+    assert match, f"pyproject.toml states nothing for {extra!r}"
+    return ast.literal_eval(match.group(1))
+
+
+def test_the_package_itself_needs_torch_alone_with_a_lower_bound_only():
+    (only,) = requirements_of("")
+    assert re.fullmatch(r"torch>=[\d.]+", only)
+
+
+def test_metadata_states_what_is_promised():
+    assert 'requires-python = ">=3.10"' in PYPROJECT
+    for python in PYTHONS:
+        assert f'"Programming Language :: Python :: {python}"' in PYPROJECT
+    extras = PYPROJECT.split("[project.optional-dependencies]")[1].split("\n[")[0]
+    assert set(re.findall(r"^(\w+) = \[", extras, re.MULTILINE)) == set(EXTRAS)
+
+
+def test_version_is_the_same_everywhere():
+    from flash_sparse_attn import __version__
+
+    assert re.fullmatch(r"\d+\.\d+\.\d+", __version__)
+    assert f"version: {__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"## [{__version__}]" in changelog or "## [Unreleased]" in changelog
+
+
+@pytest.mark.parametrize("name", PROJECT_FILES)
+def test_expected_files_are_there(name):
+    assert (ROOT / name).is_file()
+
+
+def needs_pip(*least: int) -> None:
+    try:
+        version = importlib.metadata.version("pip")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("needs pip, which is not installed here")
+    if tuple(map(int, version.split(".")[:2])) < least:
+        pytest.skip(f"needs pip {least[0]}.{least[1]}, found {version}")
+
+
+@pytest.mark.heavy
+def test_wheel_holds_the_package_and_nothing_else(tmp_path):
+    """Needs an index that has the build tool."""
+    needs_pip(22, 2)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(tmp_path)]
+    subprocess.run([*command, str(ROOT)], check=True, capture_output=True, timeout=300)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert re.fullmatch(r"dynamic_mask_attention-[\d.]+-py3-none-any\.whl", wheel.name)
+    names = zipfile.ZipFile(wheel).namelist()
+    content = {name for name in names if ".dist-info/" not in name}
+    assert content == {*FILES, "flash_sparse_attn/py.typed", "flash_dmattn/py.typed"}
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("python", PYTHONS)
+@pytest.mark.parametrize("extra", ["", *EXTRAS])
+def test_dependencies_resolve(tmp_path, python, extra):
+    """A dry run against the package index; since pip 23.3 that downloads no wheels."""
+    needs_pip(23, 3)
+    wanted = requirements_of("") + (requirements_of(extra) if extra else [])
+    options = ["--dry-run", "--ignore-installed", "--only-binary=:all:", "--python-version", python]
+    options += ["--quiet", "--target", str(tmp_path), "--report", "-"]
+    command = [sys.executable, "-m", "pip", "install", *options, *wanted]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = {item["metadata"]["name"].lower() for item in json.loads(done.stdout)["install"]}
+    assert {re.split(r"[><=;]", item)[0].strip() for item in wanted} <= found
