@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from compare import assert_fair
 from oracles import scores_of_kind, visible_keys
 
 from flash_sparse_attn import dynamic_mask_attn_func, select_keys
@@ -17,13 +18,6 @@ BATCH, HEADS, KV_HEADS, DIM, LENGTH, WINDOW = 2, 4, 2, 8, 50, 6
 STATE = ("key", "value", "score", "position", "seen_tokens", "evicted_at")
 KEPT = [(0, 0), (3, 0), (0, 4), (2, 3), (0, 9)]
 KINDS = ("random", "equal", "rising", "falling", "few values", "zeros of both signs", "some hidden")
-GPU = pytest.param(
-    "cuda",
-    marks=[
-        pytest.mark.gpu,
-        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    ],
-)
 
 
 @dataclass
@@ -99,35 +93,48 @@ def prefill(cache: WindowCache, text: Text, begin: int = 0, end: int = LENGTH) -
     cache.prefill(**piece)
 
 
-def assert_same_state(cache: WindowCache, other: WindowCache, names=STATE) -> None:
+def contents(cache: WindowCache) -> dict[str, torch.Tensor]:
+    """The state with the slots in the order of positions, and zeros in those that are empty."""
+    order = cache.position.argsort(-1)
+    empty = cache.position.gather(-1, order) < 0
+    state = {name: getattr(cache, name) for name in ("seen_tokens", "evicted_at")}
+    for name in ("score", "position"):
+        state[name] = getattr(cache, name).gather(-1, order).masked_fill(empty, 0)
+    for name in ("key", "value"):
+        rows = getattr(cache, name).take_along_dim(order[..., None], dim=2)
+        state[name] = rows.masked_fill(empty[..., None], 0)
+    return state
+
+
+def assert_same_contents(cache: WindowCache, other: WindowCache, names=STATE) -> None:
+    mine, others = contents(cache), contents(other)
     for name in names:
-        assert torch.equal(getattr(cache, name), getattr(other, name)), name
+        assert torch.equal(mine[name], others[name]), name
 
 
-def assert_as_good_as_plain(out, plain, truth) -> None:
-    """At most twice the error of plain PyTorch in the same dtype, on every element."""
-    assert out.isfinite().all()
-    allowed = 2 * (plain.double() - truth).abs().max() + 1e-5
-    assert (out.double() - truth).abs().max() <= allowed
+def assert_unchanged(cache: WindowCache, before: WindowCache) -> None:
+    for name in STATE:
+        assert torch.equal(getattr(cache, name), getattr(before, name)), name
 
 
 def assert_holds_what_is_visible(cache: WindowCache, text: Text, seen: torch.Tensor) -> None:
-    """The slots hold the keys of ``seen [B, Hkv, K]``, in order, and nothing else."""
-    mask = text.key_mask
-    number = torch.arange(seen.shape[-1]).expand(BATCH, -1) if mask is None else mask.cumsum(-1) - 1
+    """The slots hold the keys of ``seen [B, Hkv, K]`` and nothing else."""
+    if text.key_mask is None:
+        number = torch.arange(seen.shape[-1]).expand(BATCH, -1)
+    else:
+        number = text.key_mask.cpu().cumsum(-1) - 1
+    state = {name: getattr(cache, name).cpu() for name in STATE}
     for b in range(BATCH):
         for h in range(KV_HEADS):
+            position = state["position"][b, h]
+            slots = position.argsort()[(position < 0).sum() :]
             keys = seen[b, h].nonzero().flatten()
-            count = len(keys)
-            assert cache.position[b, h, :count].tolist() == number[b, keys].tolist()
-            assert torch.equal(cache.key[b, h, :count], text.key[b, keys, h])
-            assert torch.equal(cache.value[b, h, :count], text.value[b, keys, h])
-            assert torch.equal(cache.score[b, h, :count], text.scores[b, h, keys])
-            assert (cache.position[b, h, count:] == -1).all()
-            assert not cache.key[b, h, count:].any() and not cache.value[b, h, count:].any()
+            assert position[slots].tolist() == number[b, keys].tolist()
+            assert torch.equal(state["key"][b, h, slots], text.key[b, :, h].cpu()[keys])
+            assert torch.equal(state["value"][b, h, slots], text.value[b, :, h].cpu()[keys])
+            assert torch.equal(state["score"][b, h, slots], text.scores[b, h].cpu()[keys])
 
 
-@pytest.mark.parametrize("device", ["cpu", GPU])
 @pytest.mark.parametrize("padded", [None, "left", "scattered"])
 @pytest.mark.parametrize(("keep_first", "keep_recent"), KEPT)
 @pytest.mark.parametrize("kind", KINDS)
@@ -140,12 +147,11 @@ def test_every_step_is_full_recomputation(kind, keep_first, keep_recent, padded,
     cache = make_cache(device=device, **keep)
     for begin, end in pieces(LENGTH, [1, 1, 3, 1, 13, 2, 1]):
         out, lse = cache.step(**text.piece(begin, end), return_lse=True)
-        assert_as_good_as_plain(out, plain[:, begin:end], truth[:, begin:end])
+        assert_fair(out, truth[:, begin:end], plain[:, begin:end])
         torch.testing.assert_close(
             lse.double(), truth_lse[:, :, begin:end], atol=1e-5, rtol=1e-5
         )
-        if device == "cpu":
-            assert_holds_what_is_visible(cache, text, visible[:, :, end - 1, :end])
+        assert_holds_what_is_visible(cache, text, visible[:, :, end - 1, :end])
     real = LENGTH if text.key_mask is None else text.key_mask.sum(-1)
     assert (cache.seen_tokens == real).all()
 
@@ -181,7 +187,7 @@ def test_state_does_not_depend_on_the_pieces(kind, keep_first, keep_recent):
                     prefill(cache, text, begin, end)
             caches.append(cache)
     for cache in caches[1:]:
-        assert_same_state(caches[0], cache, STATE[:-1])
+        assert_same_contents(caches[0], cache, STATE[:-1])
 
 
 def test_a_single_token_is_a_short_piece():
@@ -197,7 +203,7 @@ def test_a_single_token_is_a_short_piece():
         out = general.step(**longer)
         torch.testing.assert_close(one.step(**token), out[:, :1], atol=1e-6, rtol=1e-6)
         torch.testing.assert_close(out[:, :1], general_padding_row(text, i), atol=1e-5, rtol=1e-5)
-        assert_same_state(one, general)
+        assert_same_contents(one, general)
 
 
 def general_padding_row(text: Text, i: int) -> torch.Tensor:
@@ -231,7 +237,7 @@ def test_long_run_with_reordering(keep_recent):
         )  # fmt: skip
         now = Text(new.query, past.key, past.value, past.scores)
         truth, plain = (now.attention(mask, dtype)[0] for dtype in (torch.float64, torch.float32))
-        assert_as_good_as_plain(out, plain, truth)
+        assert_fair(out, truth, plain)
         index = torch.randint(0, BATCH, (BATCH,), generator=generator)
         past = past.reordered(index)
         text = text.reordered(index)
@@ -275,7 +281,7 @@ def test_a_new_key_that_is_the_worst_is_neither_stored_nor_visible():
     loud = {**token, "key": token["key"] * 100, "value": token["value"] + 100}
     assert torch.equal(out, before.step(**loud))
     assert cache.position.max() < WINDOW
-    assert_same_state(cache, before, STATE)
+    assert_same_contents(cache, before)
 
 
 def test_an_untrained_layer_is_a_sliding_window():
@@ -283,7 +289,7 @@ def test_an_untrained_layer_is_a_sliding_window():
     cache = make_cache()
     prefill(cache, text)
     recent = torch.arange(LENGTH - WINDOW, LENGTH)
-    assert (cache.position[..., :WINDOW] == recent).all()
+    assert (cache.position.sort(-1).values == recent).all()
 
 
 def test_a_finished_entry_does_not_change():
@@ -308,7 +314,7 @@ def test_padding_may_hold_anything():
     for begin, end in pieces(LENGTH, [1, 6]):
         expected = clean.step(**text.piece(begin, end))
         assert torch.equal(dirty.step(**bad.piece(begin, end)), expected)
-    assert_same_state(clean, dirty)
+    assert_same_contents(clean, dirty)
 
 
 def test_bytes_do_not_depend_on_the_length():
@@ -329,11 +335,10 @@ def test_a_window_larger_than_the_text_is_full_attention():
     out = torch.cat([cache.step(**text.piece(i, i + 1)) for i in range(LENGTH)], dim=1)
     everything = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril().expand(BATCH, KV_HEADS, -1, -1)
     truth, plain = (text.attention(everything, dtype)[0] for dtype in (torch.float64, torch.float32))
-    assert_as_good_as_plain(out, plain, truth)
+    assert_fair(out, truth, plain)
     assert not cache.evicted_at.any()
 
 
-@pytest.mark.parametrize("device", ["cpu", GPU])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bit_state(dtype, device):
     text = make_text(dtype=dtype, device=device)
@@ -343,7 +348,7 @@ def test_sixteen_bit_state(dtype, device):
     cache = make_cache(dtype=dtype, device=device)
     out = torch.cat([cache.step(**text.piece(a, b)) for a, b in pieces(LENGTH, [1, 5])], dim=1)
     assert out.dtype == dtype
-    assert_as_good_as_plain(out, plain, truth)
+    assert_fair(out, truth, plain)
 
 
 def test_double_precision_and_strides():
@@ -390,16 +395,16 @@ def test_crop_takes_back_what_evicted_nothing():
     for i in range(20, 25):
         cache.step(**text.piece(i, i + 1))
     cache.crop(20)
-    assert_same_state(cache, expected)
+    assert_same_contents(cache, expected)
 
     short = make_cache()
     prefill(short, text, 0, WINDOW)
     short.crop(3)
     expected = make_cache()
     prefill(expected, text, 0, 3)
-    assert_same_state(short, expected)
+    assert_same_contents(short, expected)
     short.crop(10)
-    assert_same_state(short, expected)
+    assert_same_contents(short, expected)
 
 
 @pytest.mark.parametrize("sizes", [[1], [5]])
@@ -411,9 +416,9 @@ def test_crop_past_an_eviction_is_refused(sizes):
     before = copy.deepcopy(cache)
     with pytest.raises(ValueError, match="length: cannot roll back to 19 tokens: a key was evicted at"):
         cache.crop(19)
-    assert_same_state(cache, before)
+    assert_unchanged(cache, before)
     cache.crop(20)
-    assert_same_state(cache, before)
+    assert_unchanged(cache, before)
 
 
 @pytest.mark.parametrize("kind", ["random", "few values"])
@@ -432,7 +437,7 @@ def test_crop_is_right_whenever_it_is_allowed(kind):
                     allowed += back < end
                     cache.crop(back)
                     prefill(expected, text, 0, back)
-                    assert_same_state(cache, expected, STATE[:-1])
+                    assert_same_contents(cache, expected, STATE[:-1])
     assert allowed > 20
 
 
@@ -443,13 +448,13 @@ def test_reset_and_state_dict():
     state = cache.state_dict()
     other = make_cache(keep_first=1)
     other.load_state_dict(state)
-    assert_same_state(cache, other)
+    assert_same_contents(cache, other)
     prefill(cache, text, 20, LENGTH)
     assert not torch.equal(cache.key, state["key"])
     prefill(other, text, 20, LENGTH)
-    assert_same_state(cache, other)
+    assert_same_contents(cache, other)
     cache.reset()
-    assert_same_state(cache, make_cache(keep_first=1))
+    assert_same_contents(cache, make_cache(keep_first=1))
 
 
 def test_state_dict_of_another_cache_is_refused():
@@ -518,7 +523,7 @@ def _piece_with(**changes):
         ({"query": lambda t: t[:, :2]}, ValueError, "query: expected"),
         ({"scores": lambda t: t[..., 1:]}, ValueError, "scores: expected"),
         ({"scores": lambda t: t[:, :1]}, ValueError, "scores: expected"),
-        ({"scores": lambda t: t.double()}, TypeError, "scores: expected float16"),
+        ({"scores": lambda t: t.double()}, TypeError, "scores: expected 16 or 32 bit floats"),
         ({"scores": lambda t: t.long()}, TypeError, "scores: expected"),
         ({"scores": lambda t: t * torch.nan}, ValueError, "scores: .*NaN"),
         ({"scores": lambda t: t + torch.inf}, ValueError, "inf"),
@@ -533,7 +538,7 @@ def test_bad_pieces_change_nothing(changes, error, message):
     before = copy.deepcopy(cache)
     with pytest.raises(error, match=message):
         cache.step(**_piece_with(**changes))
-    assert_same_state(cache, before)
+    assert_unchanged(cache, before)
 
 
 def test_unknown_backend_changes_nothing():
@@ -541,7 +546,7 @@ def test_unknown_backend_changes_nothing():
     before = copy.deepcopy(cache)
     with pytest.raises(ValueError, match="backend"):
         cache.step(**make_text().piece(0, 1), backend="none such")
-    assert_same_state(cache, before)
+    assert_unchanged(cache, before)
 
 
 @pytest.mark.parametrize(
@@ -566,7 +571,7 @@ def test_an_empty_piece_is_nothing():
     before = copy.deepcopy(cache)
     assert cache.step(**text.piece(20, 20)).shape == (BATCH, 0, HEADS, DIM)
     prefill(cache, text, 20, 20)
-    assert_same_state(cache, before)
+    assert_unchanged(cache, before)
 
 
 def test_survivors_are_the_live_keys_of_the_selection():
@@ -579,7 +584,6 @@ def test_survivors_are_the_live_keys_of_the_selection():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_reading_a_prompt_does_not_wait_for_the_gpu():
     text = make_text(device="cuda", padded="left")
     cache = make_cache(device="cuda", keep_first=1, keep_recent=2)

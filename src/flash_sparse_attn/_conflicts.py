@@ -20,8 +20,9 @@ def check_for_predecessors() -> None:
             continue
     if found:
         names = " and ".join(f"{name} {number}" for name, number in found)
+        remedy = " ".join(name for name, _ in found)
         raise ImportError(
-            f"{DISTRIBUTION} cannot be used beside {names}: the names of their packages are "
-            f"the same and files mix. Run `pip uninstall {' '.join(name for name, _ in found)}`, then reinstall "
-            f"{DISTRIBUTION}; or keep them in separate environments"
+            f"{DISTRIBUTION} cannot be used beside {names}: their packages have the same names, so "
+            f"files mix. Run `pip uninstall {remedy}`, then reinstall {DISTRIBUTION}; or use "
+            "separate environments"
         )

@@ -120,6 +120,7 @@ class DynamicMaskAttention(nn.Module):
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
         self.window_size = window_size
+        self.qk_norm = qk_norm
         self.rope_theta = rope_theta
         self.score_activation = score_activation
         self.attention: dict[str, Any] = {"mode": "causal", "keep_first": 0, "keep_recent": 0}
@@ -129,8 +130,9 @@ class DynamicMaskAttention(nn.Module):
         self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
         self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=bias)
-        self.q_norm = nn.RMSNorm(head_dim, eps=1e-6) if qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(head_dim, eps=1e-6) if qk_norm else nn.Identity()
+        if qk_norm:
+            self.q_norm = nn.RMSNorm(head_dim, eps=1e-6)
+            self.k_norm = nn.RMSNorm(head_dim, eps=1e-6)
         self.A = nn.Parameter(torch.zeros(num_kv_heads))
         self.dt_proj = nn.Linear(num_kv_heads * head_dim, num_kv_heads, bias=bias)
 
@@ -166,9 +168,13 @@ class DynamicMaskAttention(nn.Module):
         if cu_seqlens is not None:
             hidden_states = hidden_states.reshape(-1, self.hidden_size)
 
-        value = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_dim))
-        query = self.q_norm(self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim)))
-        key = self.k_norm(self.k_proj(hidden_states).unflatten(-1, (-1, self.head_dim)))
+        query, key, value = (
+            project(hidden_states).unflatten(-1, (-1, self.head_dim))
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.qk_norm:  # under autocast the weights have the higher precision
+            query = self.q_norm(query.to(self.q_norm.weight.dtype))
+            key = self.k_norm(key.to(self.k_norm.weight.dtype))
         if self.rope_theta is not None:
             if position_ids is None:
                 position_ids = _positions(hidden_states, key_mask, cu_seqlens, cache)
@@ -358,7 +364,7 @@ def _key_scores(
     products = _PRODUCTS_ON_CPU if hidden.device.type == "cpu" else _PRODUCTS_ON_GPU
     parts = hidden.reshape(-1, hidden.shape[-1]).split(max(1, products // weight.numel()))
     logit = torch.cat([_sum_in_halves(part.float()[:, None] * weight) for part in parts]) + offset
-    logit = logit.view(*hidden.shape[:-1], -1).transpose(-1, -2).contiguous()
+    logit = logit.view(*hidden.shape[:-1], len(weight)).transpose(-1, -2).contiguous()
     # Not F.softplus: on CPUs its vector body and its scalar tail round differently.
     score = A[:, None] * (logit.clamp(min=0) + torch.log1p(torch.exp(-logit.abs())))
     return torch.exp(score) if exponential else score, logit

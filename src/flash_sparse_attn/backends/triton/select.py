@@ -30,12 +30,15 @@ from torch import Tensor
 from ...intervals import NEVER
 
 _NEVER = tl.constexpr(NEVER)
+_PADDING = tl.constexpr(-(2**31))
+_NAN = tl.constexpr(-(2**31) + 1)
 _NO_KEY = tl.constexpr(-(2**63))
 
 
 @triton.jit
 def _popcount(x):
-    """Set bits of uint32 words, by plain arithmetic: no intrinsic exists on every target."""
+    """Set bits of int32 words, by plain arithmetic: no intrinsic exists on every target."""
+    x = x.to(tl.uint32, bitcast=True)
     x = x - ((x >> 1) & 0x55555555)
     x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
     x = (x + (x >> 4)) & 0x0F0F0F0F
@@ -44,22 +47,22 @@ def _popcount(x):
 
 @triton.jit
 def _nth_bit(word, n):
-    """Index of the set bit of a uint32 word that has `n` set bits below it."""
+    """Index of the set bit of an int32 word that has `n` set bits below it."""
+    word = word.to(tl.uint32, bitcast=True)
     at = n * 0
     for level in tl.static_range(5):
-        width: tl.constexpr = 16 >> level
-        count = _popcount((word >> at.to(tl.uint32)) & ((1 << width) - 1))
+        part = (word >> at.to(tl.uint32)) & ((1 << (16 >> level)) - 1)
+        count = _popcount(part.to(tl.int32, bitcast=True))
         above = n >= count
-        at += tl.where(above, width, 0)
+        at += tl.where(above, 16 >> level, 0)
         n -= tl.where(above, count, 0)
     return at
 
 
 @triton.jit
 def _low_bits(n):
-    """A uint32 word with the lowest `n` bits set, ``0 <= n <= 32``."""
-    ones = (n * 0 - 1).to(tl.uint32, bitcast=True)
-    return tl.where(n > 0, ones >> ((32 - n) & 31).to(tl.uint32), 0)
+    """An int32 word with the lowest `n` bits set, ``0 <= n <= 32``."""
+    return tl.where(n < 32, (1 << (n & 31)) - 1, -1)
 
 
 @triton.jit
@@ -71,21 +74,23 @@ def _bits_within(first, low, high):
 
 
 @triton.jit
-def _load_words(ptr, live):
-    return tl.load(ptr, mask=live, other=0).to(tl.uint32, bitcast=True)
-
-
-@triton.jit
-def _order_bits(score_ptr, mask_ptr, index, live, HAS_MASK: tl.constexpr):
-    """Order keys, uint32: larger is better, -0 equals +0, NaN is 1, padding and dead lanes are 0."""
+def _order_keys(score_ptr, mask_ptr, index, live, HAS_MASK: tl.constexpr):
+    """Canonical int32 order keys: larger is better. Padding and lanes that are not live are lowest."""
     bits = tl.load(score_ptr + index, mask=live, other=0.0).to(tl.int32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
     bits = tl.where(magnitude == 0, 0, bits)
-    order = tl.where(bits < 0, ~bits, bits ^ -0x80000000).to(tl.uint32, bitcast=True)
-    order = tl.where(magnitude > 0x7F800000, 1, order)
+    order = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    order = tl.where(magnitude > 0x7F800000, _NAN, order)
     if HAS_MASK:
         live = live & (tl.load(mask_ptr + index, mask=live, other=0) != 0)
-    return tl.where(live, order, 0)
+    return tl.where(live, order, _PADDING)
+
+
+@triton.jit
+def _plane(order, b):
+    """Words of bit `b` of order keys ``[WORDS, 32]``, as unsigned numbers of the same order."""
+    bits = ((order ^ _PADDING) >> b) & 1
+    return tl.sum(bits << tl.arange(0, 32)[None, :], 1)
 
 
 @triton.jit
@@ -108,28 +113,32 @@ def _sequence_of(cu_ptr, n_seqs, index, length, NODES: tl.constexpr):
 
 
 @triton.jit
-def _locate(cu_ptr, key_len, n_seqs, node, length, PACKED: tl.constexpr):
-    """Sequence of a node, where that begins and ends, and where the node begins."""
-    seq = node * 0
+def _locate(cu_ptr, key_len, n_seqs, length, PACKED: tl.constexpr):
+    """Row and sequence of this program's node of `length`, and where the node begins."""
+    nodes = key_len // length + n_seqs
+    row = tl.program_id(0) // nodes
+    node = tl.program_id(0) % nodes
     begin = node * 0
     end = begin + key_len
     if PACKED:
         seq = _sequence_of(cu_ptr, n_seqs, node, length, True)
         begin = tl.load(cu_ptr + seq)
         end = tl.load(cu_ptr + seq + 1)
-    return seq, begin, end, begin + (node - begin // length - seq) * length
+        node -= begin // length + seq
+    return row.to(tl.int64), begin, end, begin + node * length
 
 
 @triton.jit
-def _parent(seq, begin, start, window, length):
-    """First key of the node of `length` that `start` lies in, its number, and its list's ranks.
+def _parent(begin, start, window, length):
+    """Of the node of `length` that `start` lies in: its first key, and the number of its list.
 
-    The list holds the survivors of ranks above `above`; there are `n_list`.
+    The list holds the `n_list` survivors behind the best `above`. The first node of a sequence has
+    none; the others have ``begin // length + m - 1``, which is distinct for all sequences of a row.
     """
     m = (start - begin) // length
     low = begin + m * length
     above = tl.minimum(low - begin, tl.maximum(window - length, 0))
-    return low, begin // length + seq + m, above, tl.minimum(low - begin, window) - above
+    return low, begin // length + m - 1, above, tl.minimum(low - begin, window) - above
 
 
 @triton.jit
@@ -153,16 +162,14 @@ def _encode_kernel(score_ptr, mask_ptr, cu_ptr, planes_ptr, start_ptr, expiry_pt
     """Bit planes ``[R, 32, row_words]``, and the intervals of keys that nothing drives out."""
     row = (tl.program_id(0) // n_tiles).to(tl.int64)
     word = (tl.program_id(0) % n_tiles) * WORDS + tl.arange(0, WORDS)
-    bit = tl.arange(0, 32)
     # [WORDS, 32]
-    index = word[:, None] * 32 + bit[None, :]
+    index = word[:, None] * 32 + tl.arange(0, 32)[None, :]
     live = (word < row_words)[:, None] & (index < key_len)
     masks = mask_ptr + row // heads * key_len
-    order = _order_bits(score_ptr + row * key_len, masks, index, live, HAS_MASK)
+    order = _order_keys(score_ptr + row * key_len, masks, index, live, HAS_MASK)
     planes = planes_ptr + row * 32 * row_words + word
     for b in range(32):
-        plane = tl.sum(((order >> b) & 1) << bit.to(tl.uint32)[None, :], 1)
-        tl.store(planes, plane.to(tl.int32, bitcast=True), mask=word < row_words)
+        tl.store(planes, _plane(order, b), mask=word < row_words)
         planes += row_words
 
     local = index
@@ -170,7 +177,7 @@ def _encode_kernel(score_ptr, mask_ptr, cu_ptr, planes_ptr, start_ptr, expiry_pt
         seq = _sequence_of(cu_ptr, n_seqs, index, 1, False)
         local = index - tl.load(cu_ptr + seq, mask=live, other=0)
     tl.store(start_ptr + row * key_len + index, local, mask=live)
-    expiry = tl.where(order == 0, local, _NEVER)
+    expiry = tl.where(order == _PADDING, local, _NEVER)
     tl.store(expiry_ptr + row * key_len + index, expiry, mask=live)
 
 
@@ -185,11 +192,9 @@ def _members(w, list_words, n_list, row_first, low, high):
 @triton.jit
 def _narrow(ptr, step, tied, bit, digit, live):
     """Of the keys still tied those with `digit` in the planes ``bit + 1`` and `bit`."""
-    upper = _load_words(ptr + (bit + 1) * step, live)
-    lower = _load_words(ptr + bit * step, live)
-    upper ^= ((digit >> 1) - 1).to(tl.uint32, bitcast=True)
-    lower ^= ((digit & 1) - 1).to(tl.uint32, bitcast=True)
-    return tied & upper & lower
+    upper = tl.load(ptr + (bit + 1) * step, mask=live, other=0)
+    lower = tl.load(ptr + bit * step, mask=live, other=0)
+    return tied & (upper ^ ((digit >> 1) - 1)) & (lower ^ ((digit & 1) - 1))
 
 
 @triton.jit
@@ -226,14 +231,14 @@ def _kth_best(state_ptr, list_ptr, row_ptr, list_step, row_step, n_words, list_w
             live = w < n_words
             ptr = tl.where(w < list_words, list_ptr + w, row_ptr + w)
             plane_step = tl.where(w < list_words, list_step, row_step)
-            upper = _load_words(ptr + (bit + 1) * plane_step, live)
-            lower = _load_words(ptr + bit * plane_step, live)
+            upper = tl.load(ptr + (bit + 1) * plane_step, mask=live, other=0)
+            lower = tl.load(ptr + bit * plane_step, mask=live, other=0)
             if step == 0:
                 tied = _members(w, list_words, n_list, row_first, low, high)
             else:
-                tied = _load_words(state_ptr + w, live)
+                tied = tl.load(state_ptr + w, mask=live, other=0)
                 tied = _narrow(ptr, plane_step, tied, bit + 2, digit, live)
-            tl.store(state_ptr + w, tied.to(tl.int32, bitcast=True), mask=live)
+            tl.store(state_ptr + w, tied, mask=live)
             n3 += _popcount(tied & upper & lower)
             n2 += _popcount(tied & upper & ~lower)
             n1 += _popcount(tied & ~upper & lower)
@@ -243,7 +248,7 @@ def _kth_best(state_ptr, list_ptr, row_ptr, list_step, row_step, n_words, list_w
         rest = total - c3 - c2 - c1
         total = tl.where(digit == 3, c3, tl.where(digit == 2, c2, tl.where(digit == 1, c1, rest)))
         rank -= tl.where(digit < 3, c3, 0) + tl.where(digit < 2, c2, 0) + tl.where(digit < 1, c1, 0)
-        value = value * 4 + digit
+        value = (value << 2) | digit
         tl.debug_barrier()
 
     if OLDER_WINS:
@@ -257,40 +262,38 @@ def _kth_best(state_ptr, list_ptr, row_ptr, list_step, row_step, n_words, list_w
         live = w < n_words
         ptr = tl.where(w < list_words, list_ptr + w, row_ptr + w)
         plane_step = tl.where(w < list_words, list_step, row_step)
-        tied = _narrow(ptr, plane_step, _load_words(state_ptr + w, live), 0, digit, live)
+        tied = _narrow(ptr, plane_step, tl.load(state_ptr + w, mask=live, other=0), 0, digit, live)
         count = _popcount(tied)
         index += _tie(tied, w, count, seen + tl.cumsum(count, 0), skipped)
         seen += tl.sum(count, 0)
-    return value.to(tl.uint32, bitcast=True), index
+    return value, index
 
 
 @triton.jit(do_not_specialize=[
-    "key_len", "heads", "n_seqs", "row_words", "window", "parent_len", "parent_nodes",
-    "parent_slots", "child_len", "child_nodes", "child_slots", "state_words",
+    "key_len", "heads", "n_seqs", "row_words", "window", "parent_len", "parent_slots",
+    "child_len", "child_slots", "state_words",
 ])  # fmt: skip
 def _node_kernel(score_ptr, mask_ptr, cu_ptr, planes_ptr, parent_ptr, child_ptr, state_ptr,
-                 key_len, heads, n_seqs, row_words, window, parent_len, parent_nodes, parent_slots,
-                 child_len, child_nodes, child_slots, state_words,
+                 key_len, heads, n_seqs, row_words, window, parent_len, parent_slots,
+                 child_len, child_slots, state_words,
                  HAS_MASK: tl.constexpr, PACKED: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
     """The list of one node: keys of ranks ``(window - child_len, window]`` of all that precede it.
 
     They are chosen from the list of the node's parent and the parent's keys before the node. The
     lists of a level are ``[R, nodes, 33, slots]``: positions, then planes of ``slots / 32`` words.
     """
-    pid = tl.program_id(0)
-    row = (pid // child_nodes).to(tl.int64)
-    node = pid % child_nodes
-    seq, begin, end, start = _locate(cu_ptr, key_len, n_seqs, node, child_len, PACKED)
+    row, begin, end, start = _locate(cu_ptr, key_len, n_seqs, child_len, PACKED)
     above = tl.minimum(start - begin, tl.maximum(window - child_len, 0))
     n_child = tl.minimum(start - begin, window) - above
     if (start >= end) | (n_child <= 0):
         return
 
-    low, parent, parent_above, n_list = _parent(seq, begin, start, window, parent_len)
+    low, parent, parent_above, n_list = _parent(begin, start, window, parent_len)
     rank = window - parent_above
-    parent_ptr += (row * parent_nodes + parent) * 2 * parent_slots
-    child_ptr += pid.to(tl.int64) * 2 * child_slots
-    state_ptr += pid.to(tl.int64) * 2 * state_words
+    parent_ptr += (row * (key_len // parent_len) + parent) * 2 * parent_slots
+    child = row * (key_len // child_len) + begin // child_len + (start - begin) // child_len - 1
+    child_ptr += child * 2 * child_slots
+    state_ptr += child * 2 * state_words
     list_ptr = parent_ptr + parent_slots
     list_step = parent_slots // 32
     list_words = (n_list + 31) // 32
@@ -303,8 +306,8 @@ def _node_kernel(score_ptr, mask_ptr, cu_ptr, planes_ptr, parent_ptr, child_ptr,
         state_ptr, list_ptr, row_ptr, list_step, row_words, n_words, list_words, n_list,
         row_first, low, start, rank, total, False, TILE,
     )  # fmt: skip
-    # Order keys end below the largest number, so that nothing reaches this.
-    most, most_at = least * 0 + 0xFFFFFFFF, least_at
+    # All bits set: above every order key, so that nothing reaches it.
+    most, most_at = least * 0 - 1, least_at
     if rank > child_len:
         most, most_at = _kth_best(
             state_ptr, list_ptr, row_ptr, list_step, row_words, n_words, list_words, n_list,
@@ -324,7 +327,7 @@ def _node_kernel(score_ptr, mask_ptr, cu_ptr, planes_ptr, parent_ptr, child_ptr,
         from_least = tied_least & 0
         from_most = tied_least & 0
         for b in range(32):
-            plane = _load_words(ptr + (31 - b) * plane_step, live)
+            plane = tl.load(ptr + (31 - b) * plane_step, mask=live, other=0)
             zero = ((least >> (31 - b)) & 1) - 1
             from_least |= tied_least & plane & zero
             tied_least &= plane ^ zero
@@ -335,17 +338,16 @@ def _node_kernel(score_ptr, mask_ptr, cu_ptr, planes_ptr, parent_ptr, child_ptr,
         from_most |= tied_most & _bits_within(w * 32, most_at, _NEVER)
         chosen = from_least & ~from_most
         count = _popcount(chosen)
-        tl.store(state_ptr + w, chosen.to(tl.int32, bitcast=True), mask=live)
+        tl.store(state_ptr + w, chosen, mask=live)
         tl.store(upto_ptr + w, seen + tl.cumsum(count, 0), mask=live)
         seen += tl.sum(count, 0)
     tl.debug_barrier()
 
     # Slot i of the list is the i-th marked key.
-    bit = tl.arange(0, 32)
     for w0 in range(0, child_slots // 32, 32):
         word = w0 + tl.arange(0, 32)
         # [32, 32]
-        slot = word[:, None] * 32 + bit[None, :]
+        slot = word[:, None] * 32 + tl.arange(0, 32)[None, :]
         live = slot < n_child
         w = slot * 0
         size = n_words
@@ -355,25 +357,23 @@ def _node_kernel(score_ptr, mask_ptr, cu_ptr, planes_ptr, parent_ptr, child_ptr,
             w = tl.where(upto <= slot, w + half, w)
             size -= half
         before = tl.load(upto_ptr + w - 1, mask=live & (w > 0), other=0)
-        marked = _load_words(state_ptr + w, live)
+        marked = tl.load(state_ptr + w, mask=live, other=0)
         entry = w * 32 + _nth_bit(marked, slot - before)
         is_list = w < list_words
         listed = tl.load(parent_ptr + entry, mask=live & is_list, other=0)
         position = tl.where(is_list, listed, row_first * 32 + entry)
         tl.store(child_ptr + slot, position, mask=live)
         masks = mask_ptr + row // heads * key_len
-        order = _order_bits(score_ptr + row * key_len, masks, position, live, HAS_MASK)
+        order = _order_keys(score_ptr + row * key_len, masks, position, live, HAS_MASK)
         for b in range(32):
-            plane = tl.sum(((order >> b) & 1) << bit.to(tl.uint32)[None, :], 1)
             target = child_ptr + child_slots + b * (child_slots // 32) + word
-            tl.store(target, plane.to(tl.int32, bitcast=True), mask=word * 32 < n_child)
+            tl.store(target, _plane(order, b), mask=word * 32 < n_child)
 
 
 @triton.jit
 def _strict_order(order, position, live):
     """Order key and position in one int64: larger is better, and the newer wins."""
-    signed = (order ^ 0x80000000).to(tl.int32, bitcast=True).to(tl.int64)
-    return tl.where(live, (signed << 32) | position, _NO_KEY)
+    return tl.where(live, (order.to(tl.int64) << 32) | position, _NO_KEY)
 
 
 @triton.jit
@@ -403,26 +403,23 @@ def _beaten_at(key, rivals, missing, CHUNK: tl.constexpr, SLICE: tl.constexpr):
 
 @triton.jit(do_not_specialize=[
     "key_len", "heads", "n_seqs", "row_words", "window", "keep_first", "keep_recent",
-    "chunks", "nodes", "slots",
+    "slots",
 ])  # fmt: skip
 def _chunk_kernel(score_ptr, mask_ptr, cu_ptr, planes_ptr, list_ptr, rank_ptr, arrival_ptr,
                   expiry_ptr, key_len, heads, n_seqs, row_words, window, keep_first, keep_recent,
-                  chunks, nodes, slots,
+                  slots,
                   HAS_MASK: tl.constexpr, HAS_RANK: tl.constexpr, PACKED: tl.constexpr,
                   CHUNK: tl.constexpr, NODE: tl.constexpr, SLICE: tl.constexpr):  # fmt: skip
     """Expiry of the keys that die within one chunk."""
     LIST_WORDS: tl.constexpr = NODE // 32
     WORDS: tl.constexpr = 2 * LIST_WORDS
-    row = (tl.program_id(0) // chunks).to(tl.int64)
-    seq, begin, end, start = _locate(
-        cu_ptr, key_len, n_seqs, tl.program_id(0) % chunks, CHUNK, PACKED
-    )
+    row, begin, end, start = _locate(cu_ptr, key_len, n_seqs, CHUNK, PACKED)
     stop = tl.minimum(start + CHUNK, end)
     if (start >= end) | (stop - begin <= window):
         return
 
-    low, node, above, n_list = _parent(seq, begin, start, window, NODE)
-    list_ptr += (row * nodes + node) * 2 * slots
+    low, node, above, n_list = _parent(begin, start, window, NODE)
+    list_ptr += (row * (key_len // NODE) + node) * 2 * slots
     row_first = low // 32 - LIST_WORDS
     # [WORDS]
     w = tl.arange(0, WORDS)
@@ -440,19 +437,19 @@ def _chunk_kernel(score_ptr, mask_ptr, cu_ptr, planes_ptr, list_ptr, rank_ptr, a
     least = window - above
     most = least - CHUNK
     plane_ptr += 31 * plane_step
-    plane = _load_words(plane_ptr, live)
+    plane = tl.load(plane_ptr, mask=live, other=0)
     for b in range(32):
         plane_ptr -= plane_step
-        following = _load_words(plane_ptr, live & (b < 31))
+        following = tl.load(plane_ptr, mask=live & (b < 31), other=0)
         ones_least = tied_least & plane
         ones_most = tied_most & plane
         counts = tl.sum(_popcount(ones_least) + (_popcount(ones_most) << 16), 0)
         n_least, n_most = counts & 0xFFFF, counts >> 16
-        zero = tl.where(n_least < least, -1, 0).to(tl.uint32, bitcast=True)
+        zero = tl.where(n_least < least, -1, 0)
         from_least |= ones_least & zero
         tied_least &= plane ^ zero
         least -= tl.where(n_least < least, n_least, 0)
-        zero = tl.where(n_most < most, -1, 0).to(tl.uint32, bitcast=True)
+        zero = tl.where(n_most < most, -1, 0)
         from_most |= ones_most & zero
         tied_most &= plane ^ zero
         most -= tl.where(n_most < most, n_most, 0)
@@ -475,9 +472,9 @@ def _chunk_kernel(score_ptr, mask_ptr, cu_ptr, planes_ptr, list_ptr, rank_ptr, a
     old_live = slot < tl.max(upto, 0)
     w = slot * 0
     for level in tl.static_range(1, 16):
-        half: tl.constexpr = WORDS >> level
-        if half > 0:
-            w = tl.where(tl.gather(upto, w + half - 1, 0) <= slot, w + half, w)
+        if (WORDS >> level) > 0:
+            passed = tl.gather(upto, w + (WORDS >> level) - 1, 0) <= slot
+            w += tl.where(passed, WORDS >> level, 0)
     entry = w * 32 + _nth_bit(tl.gather(marked, w, 0), slot - tl.gather(upto - count, w, 0))
     is_list = w < LIST_WORDS
     listed = tl.load(list_ptr + entry, mask=old_live & is_list, other=0)
@@ -486,8 +483,8 @@ def _chunk_kernel(score_ptr, mask_ptr, cu_ptr, planes_ptr, list_ptr, rank_ptr, a
     new_live = new < stop
     scores = score_ptr + row * key_len
     masks = mask_ptr + row // heads * key_len
-    old_order = _order_bits(scores, masks, old, old_live, HAS_MASK)
-    new_order = _order_bits(scores, masks, new, new_live, HAS_MASK)
+    old_order = _order_keys(scores, masks, old, old_live, HAS_MASK)
+    new_order = _order_keys(scores, masks, new, new_live, HAS_MASK)
     old_key = _strict_order(old_order, old, old_live)
     new_key = _strict_order(new_order, new, new_live)
 
@@ -506,18 +503,18 @@ def _chunk_kernel(score_ptr, mask_ptr, cu_ptr, planes_ptr, list_ptr, rank_ptr, a
     expiry = tl.maximum(start + old_dies, until)
     expiry = tl.where(first | (expiry >= end), _NEVER, expiry - begin)
     expiry_ptr += row * key_len
-    tl.store(expiry_ptr + old, expiry, mask=(old_order > 0) & (old_dies < CHUNK))
+    tl.store(expiry_ptr + old, expiry, mask=(old_order > _PADDING) & (old_dies < CHUNK))
     first, until = _always_kept(
         new, begin, ranks, arrivals, key_len, keep_first, keep_recent, new_live, HAS_RANK
     )
     expiry = tl.maximum(start + tl.maximum(new_dies, slot), until)
     expiry = tl.where(first | (expiry >= end), _NEVER, expiry - begin)
-    tl.store(expiry_ptr + new, expiry, mask=(new_order > 0) & (new_dies < CHUNK))
+    tl.store(expiry_ptr + new, expiry, mask=(new_order > _PADDING) & (new_dies < CHUNK))
 
 
-@triton.jit(do_not_specialize=["key_len", "n_seqs", "row_words", "window", "state_words"])
+@triton.jit(do_not_specialize=["key_len", "n_seqs", "row_words", "window"])
 def _shared_kernel(cu_ptr, planes_ptr, state_ptr, best_ptr, key_len, n_seqs, row_words, window,
-                   state_words, PACKED: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+                   PACKED: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
     """Order key and index of the worst key that is chosen, for each sequence of each row."""
     pid = tl.program_id(0)
     row = (pid // n_seqs).to(tl.int64)
@@ -528,12 +525,13 @@ def _shared_kernel(cu_ptr, planes_ptr, state_ptr, best_ptr, key_len, n_seqs, row
         end = tl.load(cu_ptr + pid % n_seqs + 1)
     row_first = begin // 32
     row_ptr = planes_ptr + row * 32 * row_words + row_first
+    state_ptr += row * (row_words + n_seqs) + row_first + pid % n_seqs
     n_words = (end + 31) // 32 - row_first
     order, entry = _kth_best(
-        state_ptr + pid.to(tl.int64) * state_words, row_ptr, row_ptr, row_words, row_words,
+        state_ptr, row_ptr, row_ptr, row_words, row_words,
         n_words, 0, 0, row_first, begin, end, begin * 0 + window, end - begin, True, TILE,
     )  # fmt: skip
-    tl.store(best_ptr + 2 * pid, order.to(tl.int32, bitcast=True))
+    tl.store(best_ptr + 2 * pid, order ^ _PADDING)
     tl.store(best_ptr + 2 * pid + 1, row_first * 32 + entry)
 
 
@@ -556,12 +554,12 @@ def _interval_kernel(score_ptr, mask_ptr, cu_ptr, best_ptr, rank_ptr, arrival_pt
         begin = tl.load(cu_ptr + seq, mask=live, other=0)
         end = tl.load(cu_ptr + seq + 1, mask=live, other=0)
     masks = mask_ptr + row // heads * key_len
-    order = _order_bits(score_ptr + row * key_len, masks, index, live, HAS_MASK)
+    order = _order_keys(score_ptr + row * key_len, masks, index, live, HAS_MASK)
     if RELU:
-        chosen = order > 0x80000000
+        chosen = order > 0
     else:
         best = best_ptr + 2 * (row * n_seqs + seq)
-        worst = _load_words(best, live)
+        worst = tl.load(best, mask=live, other=0)
         last = tl.load(best + 1, mask=live, other=0)
         chosen = (order > worst) | ((order == worst) & (index <= last))
     ranks = rank_ptr + row // heads * key_len
@@ -569,7 +567,7 @@ def _interval_kernel(score_ptr, mask_ptr, cu_ptr, best_ptr, rank_ptr, arrival_pt
     first, until = _always_kept(
         index, begin, ranks, arrivals, key_len, keep_first, keep_recent, live, HAS_RANK
     )
-    real = order > 0
+    real = order > _PADDING
     start = tl.where((chosen | first) & real, 0, index - begin)
     expiry = tl.where(chosen | first | (until >= end), _NEVER, until - begin)
     expiry = tl.where(real, expiry, index - begin)
@@ -594,6 +592,8 @@ class SelectTiles:
     node: int = 2048
     fan_out: int = 32
     words: int = 1024
+    encode_words: int = 64
+    keys: int = 1024
     rivals: int = 16
     chunk_warps: int = 4
     node_warps: int = 8
@@ -602,9 +602,136 @@ class SelectTiles:
 
 TILES = SelectTiles()
 
-# Keys of a program of the element-wise kernel, and words of a program of the encoder.
-_BLOCK = 1024
-_ENCODE_WORDS = 64
+_LONGEST = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What all kernels read. Pointers that a call does not need are those of the scores."""
+
+    score: Tensor
+    mask: Tensor
+    cu_seqlens: Tensor
+    rank: Tensor
+    arrival: Tensor
+    rows: int
+    key_len: int
+    heads: int
+    n_seqs: int
+    keep_first: int
+    keep_recent: int
+    has_mask: bool
+    has_rank: bool
+    packed: bool
+
+    @classmethod
+    def of(
+        cls,
+        score: Tensor,
+        key_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        keep_first: int,
+        keep_recent: int,
+    ) -> _Rows:
+        key_len = score.shape[-1]
+        rows = score.numel() // key_len
+        mask = rank = arrival = score
+        if key_mask is not None:
+            mask = key_mask.contiguous().view(-1, key_len)
+            if keep_first or keep_recent:
+                rank, arrival = _real_order(mask)
+            mask = mask.view(torch.uint8)
+        return cls(
+            score, mask, score if cu_seqlens is None else cu_seqlens, rank, arrival,
+            rows, key_len, 1 if key_mask is None else rows // mask.shape[0],
+            1 if cu_seqlens is None else cu_seqlens.numel() - 1,
+            min(keep_first, key_len), min(keep_recent, key_len),
+            key_mask is not None, rank is not score, cu_seqlens is not None,
+        )  # fmt: skip
+
+
+def _real_order(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Number of real keys before each key, and the position of each real key, int32 ``[B, K]``."""
+    key_len = mask.shape[-1]
+    rank = mask.cumsum(-1, dtype=torch.int32) - mask.to(torch.int32)
+    arrival = rank.new_full((mask.shape[0], key_len + 1), NEVER)
+    position = torch.arange(key_len, dtype=torch.int32, device=mask.device)
+    arrival.scatter_(-1, torch.where(mask, rank, key_len).long(), position.expand(mask.shape))
+    return rank, arrival[:, :-1].contiguous()
+
+
+def _encode(rows: _Rows, tiles: SelectTiles, start: Tensor, expiry: Tensor) -> Tensor:
+    """Bit planes int32 ``[R, 32, ceil(K / 32)]``; sets the intervals of keys that never die."""
+    row_words = triton.cdiv(rows.key_len, 32)
+    planes = torch.empty(rows.rows, 32, row_words, dtype=torch.int32, device=start.device)
+    n_tiles = triton.cdiv(row_words, tiles.encode_words)
+    _encode_kernel[(rows.rows * n_tiles,)](
+        rows.score, rows.mask, rows.cu_seqlens, planes, start, expiry,
+        rows.key_len, rows.heads, rows.n_seqs, row_words, n_tiles,
+        HAS_MASK=rows.has_mask, PACKED=rows.packed, WORDS=tiles.encode_words,
+        num_warps=tiles.encode_warps,
+    )  # fmt: skip
+    return planes
+
+
+def _select_causal(
+    rows: _Rows, window: int, tiles: SelectTiles, start: Tensor, expiry: Tensor
+) -> None:
+    """Intervals of the mode ``"causal"``."""
+    planes = _encode(rows, tiles, start, expiry)
+    if window >= rows.key_len:
+        return
+    lengths = [tiles.node]
+    while lengths[-1] * tiles.fan_out < rows.key_len:
+        lengths.append(lengths[-1] * tiles.fan_out)
+    parent, parent_len, parent_slots = planes, _LONGEST, 32
+    for length in reversed(lengths):
+        lists = rows.rows * (rows.key_len // length)
+        if not lists:
+            continue
+        slots = min(length, triton.cdiv(window, 32) * 32)
+        state_words = triton.cdiv(min(parent_len, rows.key_len), 32) + parent_slots // 32 + 2
+        child = torch.empty(lists, 2 * slots, dtype=torch.int32, device=start.device)
+        state = torch.empty(lists, 2 * state_words, dtype=torch.int32, device=start.device)
+        _node_kernel[(lists + rows.rows * rows.n_seqs,)](
+            rows.score, rows.mask, rows.cu_seqlens, planes, parent, child, state,
+            rows.key_len, rows.heads, rows.n_seqs, planes.shape[-1], window,
+            parent_len, parent_slots, length, slots, state_words,
+            HAS_MASK=rows.has_mask, PACKED=rows.packed, TILE=tiles.words,
+            num_warps=tiles.node_warps,
+        )  # fmt: skip
+        parent, parent_len, parent_slots = child, length, slots
+    chunks = rows.rows * (rows.key_len // tiles.chunk + rows.n_seqs)
+    _chunk_kernel[(chunks,)](
+        rows.score, rows.mask, rows.cu_seqlens, planes, parent, rows.rank, rows.arrival, expiry,
+        rows.key_len, rows.heads, rows.n_seqs, planes.shape[-1], window,
+        rows.keep_first, rows.keep_recent, parent_slots,
+        HAS_MASK=rows.has_mask, HAS_RANK=rows.has_rank, PACKED=rows.packed,
+        CHUNK=tiles.chunk, NODE=tiles.node, SLICE=tiles.rivals, num_warps=tiles.chunk_warps,
+    )  # fmt: skip
+
+
+def _select_fixed(
+    rows: _Rows, window: int, relu: bool, tiles: SelectTiles, start: Tensor, expiry: Tensor
+) -> None:
+    """Intervals of the modes ``"shared"`` and ``"relu"``."""
+    best = start
+    if not relu:
+        planes = _encode(rows, tiles, start, expiry)
+        row_words = planes.shape[-1]
+        best = start.new_empty(rows.rows, rows.n_seqs, 2)
+        state = start.new_empty(rows.rows, row_words + rows.n_seqs)
+        _shared_kernel[(rows.rows * rows.n_seqs,)](
+            rows.cu_seqlens, planes, state, best, rows.key_len, rows.n_seqs, row_words, window,
+            PACKED=rows.packed, TILE=tiles.words, num_warps=tiles.node_warps,
+        )  # fmt: skip
+    n_tiles = triton.cdiv(rows.key_len, tiles.keys)
+    _interval_kernel[(rows.rows * n_tiles,)](
+        rows.score, rows.mask, rows.cu_seqlens, best, rows.rank, rows.arrival, start, expiry,
+        rows.key_len, rows.heads, rows.n_seqs, rows.keep_first, rows.keep_recent, n_tiles,
+        RELU=relu, HAS_MASK=rows.has_mask, HAS_RANK=rows.has_rank, PACKED=rows.packed,
+        BLOCK=tiles.keys,
+    )  # fmt: skip
 
 
 def select_intervals(
@@ -639,9 +766,9 @@ def select_intervals(
     expiry = torch.empty_like(start)
     if score.numel() == 0:
         return start, expiry
-    call = _Call(score, window_size, key_mask, cu_seqlens, keep_first, keep_recent)
+    rows = _Rows.of(score, key_mask, cu_seqlens, keep_first, keep_recent)
     if mode == "causal":
-        _select_causal(call, tiles, start, expiry)
+        _select_causal(rows, window_size, tiles, start, expiry)
     else:
-        _select_shared(call, tiles, start, expiry, relu=mode == "relu")
+        _select_fixed(rows, window_size, mode == "relu", tiles, start, expiry)
     return start, expiry

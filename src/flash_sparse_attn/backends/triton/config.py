@@ -1,0 +1,94 @@
+"""Tile sizes: the only place with such numbers, each with the reason for it."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+SLOT_ALIGN = 128
+"""Parts of slot lists begin, and are padded, at multiples of this; no key block is larger."""
+
+MAX_HEAD_DIM = 256
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Sizes of one kernel.
+
+    Attributes:
+        block_m: Rows, (query, head) pairs, of a tile.
+        block_n: Key slots of a block, a divisor of `SLOT_ALIGN`.
+        num_warps: Warps of a program.
+        num_stages: Loads in flight.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The kernels of one (architecture, head dimension)."""
+
+    forward: TileConfig
+    grad_query: TileConfig
+    grad_key: TileConfig
+
+
+def _tiles(*sizes: tuple[int, int, int, int]) -> Tiles:
+    return Tiles(*(TileConfig(*size) for size in sizes))
+
+
+# (architecture, padded head dimension) -> forward, dQ, dK/dV.
+_TABLE = {
+    ("sm_90", 64): _tiles((128, 64, 4, 3), (128, 64, 8, 3), (64, 64, 4, 3)),
+    ("sm_90", 128): _tiles((128, 64, 8, 3), (128, 64, 8, 3), (64, 128, 8, 2)),
+    ("sm_90", 256): _tiles((128, 32, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2)),
+    # Compiled only.
+    ("sm_80", 64): _tiles((128, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
+    ("sm_80", 128): _tiles((128, 64, 8, 2), (64, 32, 4, 2), (32, 64, 4, 2)),
+    ("sm_80", 256): _tiles((64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+    ("sm_86", 64): _tiles((128, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+    ("sm_86", 128): _tiles((128, 32, 8, 2), (64, 32, 4, 2), (32, 64, 4, 2)),
+    ("sm_86", 256): _tiles((64, 32, 8, 2), (32, 32, 8, 1), (16, 32, 8, 1)),
+    ("sm_100", 64): _tiles((128, 64, 4, 3), (128, 64, 8, 2), (64, 64, 4, 2)),
+    ("sm_100", 128): _tiles((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2)),
+    ("sm_100", 256): _tiles((128, 32, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2)),
+    ("gfx942", 64): _tiles((128, 64, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2)),
+    ("gfx942", 128): _tiles((128, 32, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2)),
+    ("gfx942", 256): _tiles((64, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+}
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """The power of two that a head is padded to."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def tiles_for(architecture: str, head_dim: int) -> Tiles:
+    """The tile sizes of an architecture of the table for a head dimension."""
+    return _TABLE[architecture, max(64, padded_head_dim(head_dim))]
+
+
+@functools.lru_cache(maxsize=None)
+def architecture_of(device: torch.device) -> str:
+    """The row of the table that serves a device: its own, or that of the closest older one."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return "gfx942" if torch.version.hip is not None else "sm_80"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major == 9:
+        return "sm_90"
+    if major in (10, 11):
+        return "sm_100"
+    # 8.6, 8.9 and 12.x have 99 KiB of shared memory for a program.
+    return "sm_80" if (major, minor) in ((8, 0), (8, 7)) else "sm_86"
+
+
+def epoch_length(kept: int, keep_recent: int) -> int:
+    """Queries of an epoch for so many keys kept: about half of what a query sees."""
+    seen = max(1, kept + keep_recent)
+    return min(8192, max(128, 1 << (seen // 2).bit_length() - 1))

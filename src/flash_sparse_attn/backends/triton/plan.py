@@ -1,0 +1,546 @@
+"""Plans on the GPU: the key slots of every epoch from the intervals of a selection.
+
+1. `_epochs_kernel` (packed sequences only) writes the table of epochs.
+2. `_collect_kernel` lists the old keys of every epoch and writes its new slots. Long sequences do it
+   twice, first for coarse epochs, so that no program reads more than one coarse epoch and the
+   survivors at its start.
+3. `_sort_kernel` sorts the survivors in runs, and `_place_kernel` merges the runs into slots and
+   counts how many of them each query sees.
+4. For backward, `_uses_kernel` counts the epochs of every key, and `_link_kernel` lists its slots.
+
+Nothing is read back by the host: every size is a bound from shapes.
+
+Symbols: ``R`` rows (batch x KV heads), ``E`` epochs of ``L`` queries, ``P`` slots of an epoch, of
+which the old part has ``old_slots``. Positions count from the start of a sequence.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...intervals import NEVER
+from ...plan import Plan
+from .config import SLOT_ALIGN, epoch_length
+from .tiles import count_prefix, epoch_bounds, row_and_rest
+
+if TYPE_CHECKING:
+    from ...selection import KeySelection
+    from ...varlen import PackedSequences
+
+_NEVER = tl.constexpr(NEVER)
+_ALIGN = tl.constexpr(SLOT_ALIGN)
+_NO_KEY = tl.constexpr(-(2**63))
+_EPOCH_FIELDS = 8
+_COARSE = 1 << 15  # queries of a coarse epoch
+_RUN = 1024  # keys sorted by one program
+_FIXED_EPOCHS = 4  # epochs of a selection whose keys never leave
+
+_SIZES = (
+    "query_len",
+    "key_len",
+    "epoch_len",
+    "num_epochs",
+    "old_slots",
+    "num_slots",
+    "coarse_len",
+    "num_coarse",
+    "keep_first",
+    "keep_recent",
+    "num_runs",
+    "num_bits",
+    "num_sequences",
+)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _epochs_kernel(ptr_cu_q, ptr_cu_k, ptr_epochs, epoch_len, num_sequences):
+    """One program per epoch. Epoch ``m`` of sequence ``n`` has number ``cu_q[n] // L + n + m``."""
+    i_epoch = tl.program_id(0)
+    seq = 0
+    size = num_sequences
+    while size > 1:
+        half = size // 2
+        begin = tl.load(ptr_cu_q + seq + half) // epoch_len + seq + half
+        seq = tl.where(begin <= i_epoch, seq + half, seq)
+        size -= half
+    q_begin = tl.load(ptr_cu_q + seq)
+    q_end = tl.load(ptr_cu_q + seq + 1)
+    k_begin = tl.load(ptr_cu_k + seq)
+    num_keys = tl.load(ptr_cu_k + seq + 1) - k_begin
+    epoch_0 = q_begin // epoch_len + seq
+    first = q_begin + (i_epoch - epoch_0) * epoch_len
+    num = tl.maximum(tl.minimum(epoch_len, q_end - first), 0)
+    ptr = ptr_epochs + i_epoch * 8
+    tl.store(ptr, first)
+    tl.store(ptr + 1, num)
+    tl.store(ptr + 2, first - q_end + num_keys)
+    tl.store(ptr + 3, k_begin)
+    tl.store(ptr + 4, num_keys)
+    tl.store(ptr + 5, epoch_0)
+    tl.store(ptr + 6, seq)
+    tl.store(ptr + 7, 0)
+
+
+@triton.jit
+def _sequence_of(i_epoch, ptr_epochs, key_len, PACKED: tl.constexpr):
+    """First key, number of keys, first epoch and number of the sequence of an epoch."""
+    if PACKED:
+        ptr = ptr_epochs + i_epoch * 8
+        return tl.load(ptr + 3), tl.load(ptr + 4), tl.load(ptr + 5), tl.load(ptr + 6)
+    else:
+        return 0, key_len, 0, 0
+
+
+@triton.jit
+def _append(ptr_list, keys, keep, count, capacity):
+    """Write the kept keys behind `count` others, in order; returns the new count."""
+    ones = keep.to(tl.int32)
+    place = count + tl.cumsum(ones, 0) - 1
+    tl.store(ptr_list + place, keys, mask=keep & (place < capacity))
+    return tl.minimum(count + tl.sum(ones, 0), capacity)
+
+
+@triton.jit
+def _pad(ptr_key, ptr_start, ptr_expiry, used):
+    """Fill the last block of slots with slots that nobody sees."""
+    offs = tl.arange(0, _ALIGN)  # [ALIGN]
+    slot = used // _ALIGN * _ALIGN + offs
+    mask = (slot >= used) & (used % _ALIGN != 0)
+    tl.store(ptr_key + slot, -1, mask=mask)
+    tl.store(ptr_start + slot, _NEVER, mask=mask)
+    tl.store(ptr_expiry + slot, 0, mask=mask)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _collect_kernel(
+    ptr_start,
+    ptr_expiry,
+    ptr_coarse,
+    ptr_coarse_counts,
+    ptr_epochs,
+    ptr_list,
+    ptr_key,
+    ptr_slot_start,
+    ptr_slot_expiry,
+    ptr_counts,
+    ptr_entered,
+    query_len,
+    key_len,
+    epoch_len,
+    num_epochs,
+    old_slots,
+    num_slots,
+    coarse_len,
+    num_coarse,
+    keep_recent,
+    RANKED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PACKED: tl.constexpr,
+    FROM_COARSE: tl.constexpr,
+    ONLY_OLD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One program per (row, epoch): the list of old keys by position, and the new slots."""
+    i_row, rest = row_and_rest(num_epochs)
+    i_epoch = num_epochs - 1 - rest  # those with the longest past first
+    first, num, position = epoch_bounds(i_epoch, ptr_epochs, query_len, key_len, epoch_len, PACKED)
+    key_0, num_keys, epoch_0, seq = _sequence_of(i_epoch, ptr_epochs, key_len, PACKED)
+    ptr_start += i_row * key_len + key_0
+    ptr_expiry += i_row * key_len + key_0
+    list_base = (i_row * num_epochs + i_epoch) * old_slots
+    offs = tl.arange(0, BLOCK)  # [BLOCK]
+
+    low, high = position, position + num - 1
+    if not CAUSAL:
+        low, high = tl.maximum(low, 0), tl.maximum(high, 0)
+    new_begin = low - tl.maximum(keep_recent, 1) + 1
+    new_end = tl.minimum(high + 1, num_keys)
+    if RANKED:
+        old_end = tl.minimum(new_begin, num_keys)
+    elif CAUSAL:
+        old_end = new_end
+    else:
+        old_end = num_keys
+    old_limit = high if CAUSAL else low
+    old_end = tl.where(num > 0, old_end, 0)
+    new_end = tl.where(num > 0, new_end, 0)
+
+    count = 0
+    scan_begin = 0
+    if FROM_COARSE:
+        within = (i_epoch - epoch_0) * epoch_len
+        i_coarse = (first - within) // coarse_len + seq + within // coarse_len
+        coarse_begin = new_begin - within % coarse_len
+        scan_begin = tl.maximum(coarse_begin, 0)
+        ptr_coarse += (i_row * num_coarse + i_coarse) * old_slots
+        listed = 0
+        if num > 0:
+            listed = tl.load(ptr_coarse_counts + (i_row * num_coarse + i_coarse) * 2)
+        for i in tl.range(0, listed, BLOCK, num_stages=STAGES):
+            key = tl.load(ptr_coarse + i + offs, mask=i + offs < listed, other=0)
+            expiry = tl.load(ptr_expiry + key)
+            keep = (i + offs < listed) & (expiry > low)
+            count = _append(ptr_list + list_base, key, keep, count, old_slots)
+    for i in tl.range(scan_begin, old_end, BLOCK, num_stages=STAGES):
+        key = i + offs
+        expiry = tl.load(ptr_expiry + key, mask=key < old_end, other=0)
+        if RANKED:
+            keep = expiry > low
+        else:
+            start = tl.load(ptr_start + key, mask=key < old_end, other=_NEVER)
+            if CAUSAL:
+                start = tl.maximum(start, key)
+            keep = (expiry == _NEVER) & (start <= old_limit)
+        keep = keep & (key < old_end)
+        count = _append(ptr_list + list_base, key, keep, count, old_slots)
+    tl.store(ptr_counts + (i_row * num_epochs + i_epoch) * 2, count)
+
+    entered = 0
+    if not ONLY_OLD:
+        slot_base = (i_row * num_epochs + i_epoch) * num_slots + old_slots
+        capacity = num_slots - old_slots
+        ptr_entered += i_row * query_len + first
+        for i in tl.range(new_begin, high + 1, BLOCK):
+            key = i + offs
+            inside = (key >= 0) & (key < new_end)
+            expiry = tl.load(ptr_expiry + key, mask=inside, other=0)
+            start = tl.load(ptr_start + key, mask=inside, other=0)
+            effective = tl.maximum(start, key) if CAUSAL else start
+            keep = inside & (expiry > tl.maximum(effective, low)) & (effective <= high)
+            if not RANKED:
+                keep = keep & ((expiry != _NEVER) | (effective > old_limit))
+            ones = keep.to(tl.int32)
+            inclusive = entered + tl.cumsum(ones, 0)
+            slot = inclusive - 1
+            keep = keep & (slot < capacity)
+            tl.store(ptr_key + slot_base + slot, key_0 + key, mask=keep)
+            tl.store(ptr_slot_start + slot_base + slot, effective, mask=keep)
+            tl.store(ptr_slot_expiry + slot_base + slot, expiry, mask=keep)
+            if CAUSAL:
+                offs_query = key - position
+                tl.store(ptr_entered + offs_query, inclusive, mask=(offs_query >= 0) & (key <= high))
+            entered += tl.sum(ones, 0)
+        if not CAUSAL:
+            for i in range(0, num, BLOCK):
+                tl.store(ptr_entered + i + offs, tl.zeros_like(offs) + entered, mask=i + offs < num)
+        _pad(ptr_key + slot_base, ptr_slot_start + slot_base, ptr_slot_expiry + slot_base, entered)
+    tl.store(ptr_counts + (i_row * num_epochs + i_epoch) * 2 + 1, entered)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _sort_kernel(
+    ptr_score,
+    ptr_list,
+    ptr_counts,
+    ptr_epochs,
+    ptr_sorted,
+    key_len,
+    num_epochs,
+    old_slots,
+    keep_first,
+    num_runs,
+    PACKED: tl.constexpr,
+    RUN: tl.constexpr,
+):
+    """One program per (row, epoch, run): a run of listed keys, best first, as order key and key."""
+    i_row, rest = row_and_rest(num_epochs * num_runs)
+    i_epoch, i_run = rest // num_runs, rest % num_runs
+    count = tl.load(ptr_counts + (i_row * num_epochs + i_epoch) * 2)
+    if i_run * RUN < count:
+        key_0, _, _, _ = _sequence_of(i_epoch, ptr_epochs, key_len, PACKED)
+        index = i_run * RUN + tl.arange(0, RUN)  # [RUN]
+        used = index < count
+        key = tl.load(
+            ptr_list + (i_row * num_epochs + i_epoch) * old_slots + index, mask=used, other=0
+        )
+        score = tl.load(ptr_score + i_row * key_len + key_0 + key, mask=used, other=0.0)
+        bits = tl.where(score == 0.0, 0, score.to(tl.int32, bitcast=True))
+        order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+        order = tl.where(score != score, -0x7FFFFFFF, order)
+        # The first keys are listed first, stay for ever and so rank above all others.
+        order = tl.where(index < keep_first, 0x7FFFFFFF, order)
+        packed = (order.to(tl.int64) << 32) | key.to(tl.int64)
+        packed = tl.sort(tl.where(used, packed, _NO_KEY), descending=True)
+        out = ((i_row * num_epochs + i_epoch) * num_runs + i_run) * RUN + tl.arange(0, RUN)
+        tl.store(ptr_sorted + out, packed)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _place_kernel(
+    ptr_start,
+    ptr_expiry,
+    ptr_list,
+    ptr_sorted,
+    ptr_counts,
+    ptr_epochs,
+    ptr_key,
+    ptr_slot_start,
+    ptr_slot_expiry,
+    ptr_visible,
+    query_len,
+    key_len,
+    epoch_len,
+    num_epochs,
+    old_slots,
+    num_slots,
+    num_runs,
+    num_bits,
+    SORTED: tl.constexpr,
+    RANKED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PACKED: tl.constexpr,
+    RUN: tl.constexpr,
+):
+    """One program per (row, epoch): old slots in order, and how many of them each query sees."""
+    i_row, i_epoch = row_and_rest(num_epochs)
+    first, num, position = epoch_bounds(i_epoch, ptr_epochs, query_len, key_len, epoch_len, PACKED)
+    key_0, _, _, _ = _sequence_of(i_epoch, ptr_epochs, key_len, PACKED)
+    count = tl.load(ptr_counts + (i_row * num_epochs + i_epoch) * 2)
+    slot_base = (i_row * num_epochs + i_epoch) * num_slots
+    ptr_key += slot_base
+    ptr_slot_start += slot_base
+    ptr_slot_expiry += slot_base
+    ptr_list += (i_row * num_epochs + i_epoch) * old_slots
+    ptr_sorted += (i_row * num_epochs + i_epoch) * num_runs * RUN
+    ptr_start += i_row * key_len + key_0
+    ptr_expiry += i_row * key_len + key_0
+
+    offs = tl.arange(0, RUN)  # [RUN]
+    for i in range(0, count, RUN):
+        used = i + offs < count
+        slot = i + offs
+        if SORTED:
+            mine = tl.load(ptr_sorted + i + offs, mask=used, other=_NO_KEY)
+            key = (mine & 0xFFFFFFFF).to(tl.int32)
+            slot = offs
+            for other in range(0, count, RUN):
+                if other != i:
+                    length = tl.minimum(count - other, RUN)
+                    slot += count_prefix(ptr_sorted + other, length, mine, 11, "above", RUN)
+        else:
+            key = tl.load(ptr_list + i + offs, mask=used, other=0)
+        start = tl.load(ptr_start + key, mask=used, other=0)
+        expiry = tl.load(ptr_expiry + key, mask=used, other=0)
+        if CAUSAL:
+            start = tl.maximum(start, key)
+        tl.store(ptr_key + slot, key_0 + key, mask=used)
+        tl.store(ptr_slot_start + slot, start, mask=used)
+        tl.store(ptr_slot_expiry + slot, expiry, mask=used)
+    _pad(ptr_key, ptr_slot_start, ptr_slot_expiry, count)
+
+    # What this program's other threads have just written is read back.
+    tl.debug_barrier()
+    ptr_visible += i_row * query_len + first
+    for i in range(0, num, RUN):
+        at = position + i + offs
+        if not CAUSAL:
+            at = tl.maximum(at, 0)
+        if RANKED:
+            seen = count_prefix(ptr_slot_expiry, count, at, num_bits, "above", RUN)
+        else:
+            seen = count_prefix(ptr_slot_start, count, at, num_bits, "up to", RUN)
+        tl.store(ptr_visible + i + offs, seen, mask=i + offs < num)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _uses_kernel(
+    ptr_start,
+    ptr_expiry,
+    ptr_epochs,
+    ptr_uses,
+    query_len,
+    key_len,
+    epoch_len,
+    num_epochs,
+    CAUSAL: tl.constexpr,
+    PACKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program per (row, epoch): the number of epochs that each key starting there is part of."""
+    i_row, i_epoch = row_and_rest(num_epochs)
+    _, num, position = epoch_bounds(i_epoch, ptr_epochs, query_len, key_len, epoch_len, PACKED)
+    key_0, num_keys, epoch_0, _ = _sequence_of(i_epoch, ptr_epochs, key_len, PACKED)
+    ptr_start += i_row * key_len + key_0
+    ptr_expiry += i_row * key_len + key_0
+    ptr_uses += i_row * key_len + key_0
+    shift = position - (i_epoch - epoch_0) * epoch_len
+    begin = tl.where(i_epoch == epoch_0, 0, tl.maximum(position, 0))
+    end = tl.where(num > 0, tl.minimum(position + num, num_keys), 0)
+    for i in range(begin, end, BLOCK):
+        key = i + tl.arange(0, BLOCK)  # [BLOCK]
+        start = tl.load(ptr_start + key, mask=key < end, other=0)
+        expiry = tl.load(ptr_expiry + key, mask=key < end, other=0)
+        if CAUSAL:
+            start = tl.maximum(start, key)
+        stop = tl.minimum(expiry, num_keys)
+        from_epoch = tl.maximum(start - shift, 0) // epoch_len
+        if not CAUSAL:
+            from_epoch = tl.where(start <= 0, 0, from_epoch)
+        to_epoch = (stop - 1 - shift) // epoch_len
+        uses = tl.where((stop > start) & (stop > shift), to_epoch - from_epoch + 1, 0)
+        tl.store(ptr_uses + key, uses, mask=key < end)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _link_kernel(
+    ptr_key,
+    ptr_slot_expiry,
+    ptr_counts,
+    ptr_epochs,
+    ptr_use_end,
+    ptr_use_slot,
+    query_len,
+    key_len,
+    epoch_len,
+    num_epochs,
+    old_slots,
+    num_slots,
+    PACKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program per (row, epoch): enter the epoch's slots among the uses of their keys."""
+    i_row, i_epoch = row_and_rest(num_epochs)
+    _, _, position = epoch_bounds(i_epoch, ptr_epochs, query_len, key_len, epoch_len, PACKED)
+    _, num_keys, epoch_0, _ = _sequence_of(i_epoch, ptr_epochs, key_len, PACKED)
+    shift = position - (i_epoch - epoch_0) * epoch_len
+    slot_base = (i_row * num_epochs + i_epoch) * num_slots
+    for part in tl.static_range(2):
+        used = tl.load(ptr_counts + (i_row * num_epochs + i_epoch) * 2 + part)
+        for i in range(0, used, BLOCK):
+            offs = i + tl.arange(0, BLOCK)  # [BLOCK]
+            slot = part * old_slots + offs
+            key = tl.load(ptr_key + slot_base + slot, mask=offs < used, other=0)
+            expiry = tl.load(ptr_slot_expiry + slot_base + slot, mask=offs < used, other=0)
+            last = epoch_0 + (tl.minimum(expiry, num_keys) - 1 - shift) // epoch_len
+            end = tl.load(ptr_use_end + i_row * key_len + key, mask=offs < used, other=0)
+            place = end - 1 - (last - i_epoch)
+            tl.store(ptr_use_slot + place, i_epoch * num_slots + slot, mask=offs < used)
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _epoch_table(packed: PackedSequences, total_q: int, length: int) -> Tensor:
+    num_sequences = packed.cu_seqlens_q.numel() - 1
+    num_epochs = total_q // length + num_sequences
+    table = torch.empty(
+        num_epochs, _EPOCH_FIELDS, dtype=torch.int32, device=packed.cu_seqlens_q.device
+    )
+    _epochs_kernel[(num_epochs,)](
+        packed.cu_seqlens_q, packed.cu_seqlens_k, table, length, num_sequences
+    )
+    return table
+
+
+def build_plan(
+    selection: KeySelection,
+    query_len: int,
+    *,
+    is_causal: bool,
+    packed: PackedSequences | None = None,
+    epoch_len: int | None = None,
+    for_backward: bool = True,
+) -> Plan:
+    """Lay out the epochs and key slots of a call. No host synchronization; capturable in a graph.
+
+    Args:
+        selection: Intervals ``[B, Hkv, K]`` (packed: ``[Hkv, total_k]``), contiguous, on the GPU.
+        query_len: ``Q`` (packed: ``total_q``), at least 1.
+        is_causal: Whether keys after a query's position are hidden.
+        packed: Borders of packed sequences.
+        epoch_len: Queries of an epoch, a power of two; default by the window.
+        for_backward: Also list the uses of every key.
+    """
+    key_len = selection.start.shape[-1]
+    rows = selection.start.numel() // key_len
+    device = selection.start.device
+    ranked = selection.mode == "causal"
+    recent = selection.keep_recent
+    kept = key_len
+    if selection.mode != "relu":
+        kept = min(key_len, selection.window_size + selection.keep_first + (0 if ranked else recent))
+    if epoch_len is None:
+        epoch_len = epoch_length(kept, recent)
+        if not ranked and not recent:
+            epoch_len = max(epoch_len, triton.next_power_of_2(triton.cdiv(query_len, _FIXED_EPOCHS)))
+    epoch_len = min(epoch_len, max(16, triton.next_power_of_2(query_len)))
+    num_epochs = triton.cdiv(query_len, epoch_len)
+    if packed is not None:
+        num_epochs = query_len // epoch_len + packed.cu_seqlens_q.numel() - 1
+
+    old_slots = _round_up(kept, SLOT_ALIGN)
+    num_new = epoch_len + max(recent, 1) - 1 if ranked or recent else 0
+    num_slots = old_slots + _round_up(min(num_new, key_len), SLOT_ALIGN)
+
+    def ints(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=device)
+
+    slots = (rows, num_epochs, num_slots)
+    slot_key, slot_start, slot_expiry = ints(*slots), ints(*slots), ints(*slots)
+    counts, visible = ints(rows, num_epochs, 2), ints(rows, query_len)
+    entered, listed = ints(rows, query_len), ints(rows, num_epochs, old_slots)
+    coarse_list = coarse_counts = coarse_table = None
+    num_coarse = 0
+    table = None if packed is None else _epoch_table(packed, query_len, epoch_len)
+    facts = {"RANKED": ranked, "CAUSAL": is_causal, "PACKED": packed is not None}
+    intervals = (selection.start, selection.expiry)
+    scan = {"BLOCK": 4096, "STAGES": 3, "num_warps": 16}
+    sizes = (query_len, key_len)
+
+    if ranked and query_len > 2 * _COARSE > 2 * epoch_len:
+        num_coarse = triton.cdiv(query_len, _COARSE)
+        if packed is not None:
+            num_coarse = query_len // _COARSE + packed.cu_seqlens_q.numel() - 1
+            coarse_table = _epoch_table(packed, query_len, _COARSE)
+        coarse_list, coarse_counts = ints(rows, num_coarse, old_slots), ints(rows, num_coarse, 2)
+        _collect_kernel[(rows * num_coarse,)](
+            *intervals, None, None, coarse_table, coarse_list, None, None, None, coarse_counts, None,
+            *sizes, _COARSE, num_coarse, old_slots, num_slots, _COARSE, 0, recent,
+            **facts, FROM_COARSE=False, ONLY_OLD=True, **scan,
+        )  # fmt: skip
+    _collect_kernel[(rows * num_epochs,)](
+        *intervals, coarse_list, coarse_counts, table, listed, slot_key, slot_start, slot_expiry,
+        counts, entered, *sizes, epoch_len, num_epochs, old_slots, num_slots, _COARSE, num_coarse,
+        recent, **facts, FROM_COARSE=coarse_list is not None, ONLY_OLD=False, **scan,
+    )  # fmt: skip
+
+    # A window over everything never lets a key go: any order will do.
+    is_sorted = ranked and kept < key_len
+    ordered, num_runs = None, triton.cdiv(old_slots, _RUN)
+    if is_sorted:
+        ordered = torch.empty(rows, num_epochs, num_runs, _RUN, dtype=torch.int64, device=device)
+        _sort_kernel[(rows * num_epochs * num_runs,)](
+            selection.score, listed, counts, table, ordered, key_len, num_epochs, old_slots,
+            selection.keep_first, num_runs, PACKED=packed is not None, RUN=_RUN, num_warps=8,
+        )  # fmt: skip
+    _place_kernel[(rows * num_epochs,)](
+        *intervals, listed, ordered, counts, table, slot_key, slot_start, slot_expiry, visible,
+        *sizes, epoch_len, num_epochs, old_slots, num_slots, num_runs, old_slots.bit_length(),
+        SORTED=is_sorted, **facts, RUN=_RUN, num_warps=8,
+    )  # fmt: skip
+
+    use_end = use_slot = None
+    if for_backward:
+        # Keys of sequences without queries are in no epoch.
+        uses = ints(rows * key_len) if packed is None else ints(rows * key_len).zero_()
+        _uses_kernel[(rows * num_epochs,)](
+            *intervals, table, uses, *sizes, epoch_len, num_epochs,
+            CAUSAL=is_causal, PACKED=packed is not None, BLOCK=1024, num_warps=8,
+        )  # fmt: skip
+        use_end = uses.cumsum(0, dtype=torch.int64)
+        use_slot = ints(rows * num_epochs * num_slots)
+        _link_kernel[(rows * num_epochs,)](
+            slot_key, slot_expiry, counts, table, use_end, use_slot, *sizes, epoch_len, num_epochs,
+            old_slots, num_slots, PACKED=packed is not None, BLOCK=1024, num_warps=8,
+        )  # fmt: skip
+    return Plan(
+        slot_key, slot_start, slot_expiry, counts, visible, entered, use_end, use_slot, table,
+        epoch_len, old_slots, query_len, key_len, not is_causal,
+    )  # fmt: skip

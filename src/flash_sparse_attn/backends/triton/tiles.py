@@ -1,0 +1,144 @@
+"""Device functions shared by the kernels: addresses, loads, scores, and where a tile begins and ends.
+
+A tile holds ``BLOCK_M`` *rows*. The rows of an epoch are its (query, head) pairs in the order of
+queries, the ``GROUP`` heads of one KV head side by side, so that a tile is full for any group size.
+Scores are kept in units of log 2: ``exp2`` is one instruction.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+_LOG2E = tl.constexpr(1.4426950408889634)
+_INF = tl.constexpr(float("inf"))
+# The largest finite bias. Times log2(e) it is still finite in fp32, which finfo.min is not.
+_MAX_BIAS = tl.constexpr(2.3e38)
+
+
+@triton.jit
+def row_and_rest(size):
+    """This program's row of keys (int64) and its number among the `size` programs of the row."""
+    i_program = tl.program_id(0)
+    return (i_program // size).to(tl.int64), i_program % size
+
+
+@triton.jit
+def epoch_bounds(i_epoch, ptr_epochs, query_len, key_len, epoch_len, PACKED: tl.constexpr):
+    """First query of an epoch, its number of queries, and the position of the first."""
+    if PACKED:
+        ptr = ptr_epochs + i_epoch * 8
+        return tl.load(ptr), tl.load(ptr + 1), tl.load(ptr + 2)
+    else:
+        first = i_epoch * epoch_len
+        return first, tl.minimum(epoch_len, query_len - first), first + key_len - query_len
+
+
+@triton.jit
+def count_prefix(ptr, length, value, bits, HOW: tl.constexpr, BLOCK: tl.constexpr):
+    """How many of the leading `length` entries are ``"above"`` `value`, or ``"up to"`` it. [BLOCK].
+
+    Entries fall or rise, so that those counted come first. ``length < 2 ** bits``.
+    """
+    count = tl.zeros([BLOCK], tl.int32)
+    for i in range(bits):
+        more = count + (1 << (bits - 1 - i))
+        entry = tl.load(ptr + more - 1, mask=more <= length, other=0)
+        counted = entry > value if HOW == "above" else entry <= value
+        count = tl.where((more <= length) & counted, more, count)
+    return count
+
+
+@triton.jit
+def row_offsets(index, stride, ALIGNED: tl.constexpr):
+    """Offsets of rows, int64; `ALIGNED` promises multiples of 8 elements, for 16-byte accesses."""
+    offset = index.to(tl.int64) * stride
+    if ALIGNED:
+        offset = tl.multiple_of(offset, 8)
+    return offset
+
+
+@triton.jit
+def load_rows(
+    ptr, offs_row, mask_row, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr
+):
+    """Rows of `D` elements, padded with zeros to `BLOCK_D`; zeros where `mask_row` is False."""
+    offs_d = tl.arange(0, BLOCK_D)
+    ptrs = ptr + offs_row[:, None] + offs_d[None, :]
+    if MASKED:
+        mask = mask_row[:, None]
+        if D != BLOCK_D:
+            mask = mask & (offs_d < D)[None, :]
+        return tl.load(ptrs, mask=mask, other=0.0)
+    elif D != BLOCK_D:
+        # The mask has the shape of the block: its constancy along D keeps accesses wide.
+        mask = tl.broadcast_to((offs_d < D)[None, :], ptrs.shape)
+        return tl.load(ptrs, mask=mask, other=0.0)
+    else:
+        return tl.load(ptrs)
+
+
+@triton.jit
+def store_rows(ptr, offs_row, mask_row, block, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The first `D` columns of the rows where `mask_row` is True, in the type of `ptr`."""
+    offs_d = tl.arange(0, BLOCK_D)
+    mask = mask_row[:, None]
+    if D != BLOCK_D:
+        mask = mask & (offs_d < D)[None, :]
+    tl.store(ptr + offs_row[:, None] + offs_d[None, :], block.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def log2_bias(bias):
+    """A bias in units of log 2: finite stays finite, -inf hides."""
+    bias = bias.to(tl.float32)
+    finite = tl.minimum(tl.maximum(bias, -_MAX_BIAS), _MAX_BIAS) * _LOG2E
+    return tl.where((bias == -_INF) | (bias == _INF) | (bias != bias), bias, finite)
+
+
+@triton.jit
+def scaled_scores(product, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    """Scores in units of log 2 from ``q.k``, and tanh of the softcap (the scores again if it is off).
+
+    `scale` holds log2(e), or with a softcap the scale over the softcap.
+    """
+    if HAS_SOFTCAP:
+        scaled = product * scale
+        small = tl.exp2(tl.abs(scaled) * (-2.0 * _LOG2E))
+        tanh = (1.0 - small) / (1.0 + small)
+        tanh = tl.where(scaled < 0, -tanh, tanh)
+        return tanh * (softcap * _LOG2E), tanh
+    else:
+        scores = product * scale
+        return scores, scores
+
+
+@triton.jit
+def softmax_update(scores, peak, total):
+    """Online softmax of ``[M, N]`` scores: probabilities, their factor for what came before, peak, total.
+
+    A row that has seen no key keeps the peak -inf, and its probabilities are 0.
+    """
+    new_peak = tl.maximum(peak, tl.max(scores, 1))
+    safe_peak = tl.where(new_peak == -_INF, 0.0, new_peak)
+    probs = tl.exp2(scores - safe_peak[:, None])
+    factor = tl.exp2(peak - safe_peak)
+    return probs, factor, new_peak, total * factor + tl.sum(probs, 1)
+
+
+@triton.jit
+def tile_blocks(
+    ptr_visible, ptr_entered, i_first, i_last, old_slots, BLOCK_N: tl.constexpr
+):
+    """The slot blocks of a tile whose first and last query are given.
+
+    Returns the number of old blocks that all its queries see whole, of old blocks that any of them
+    sees, and of new blocks. What a query sees of the old slots is a prefix that only shrinks, or only
+    grows, so that the ends of the tile tell both.
+    """
+    at_first = tl.load(ptr_visible + i_first)
+    at_last = tl.load(ptr_visible + i_last)
+    num_full = tl.minimum(at_first, at_last) // BLOCK_N
+    num_old = tl.cdiv(tl.maximum(at_first, at_last), BLOCK_N)
+    num_new = tl.cdiv(tl.load(ptr_entered + i_last), BLOCK_N)
+    return num_full, num_old, num_new
