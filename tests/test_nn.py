@@ -393,7 +393,7 @@ def test_a_named_backend_is_used_or_refused():
         ({"head_dim": 300}, ValueError, "head_dim: expected at most 256"),
         ({"head_dim": 5, "rope_theta": 1e4}, ValueError, "rope_theta: expected .* even head_dim"),
         ({"rope_theta": 0.0}, ValueError, "rope_theta: expected a positive base"),
-        ({"score_activation": "relu"}, ValueError, "score_activation: expected one of softplus, exp"),
+        ({"score_activation": "relu"}, ValueError, "score_activation: expected softplus or exp"),
         ({"mode": "topk"}, ValueError, "mode: expected one of causal, shared, relu"),
         ({"mode": "shared"}, ValueError, "is_causal: expected True or False with mode='shared'"),
         ({"is_causal": False}, ValueError, "is_causal: expected None or True with mode='causal'"),

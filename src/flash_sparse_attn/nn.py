@@ -109,11 +109,11 @@ class DynamicMaskAttention(nn.Module):
                 f"head_dim = {head_dim}"
             )
         if score_activation not in SCORE_ACTIVATIONS:
-            raise ValueError(
-                f"score_activation: expected one of {', '.join(SCORE_ACTIVATIONS)}, got "
-                f"{score_activation!r}"
-            )
-        _check_options(attention)
+            expected = " or ".join(SCORE_ACTIVATIONS)
+            raise ValueError(f"score_activation: expected {expected}, got {score_activation!r}")
+        defaults: dict[str, Any] = {"mode": "causal", "keep_first": 0, "keep_recent": 0}
+        self.attention = {**defaults, **attention}
+        _check_options(self.attention)
 
         self.hidden_size = hidden_size
         self.num_heads = num_heads
@@ -123,8 +123,6 @@ class DynamicMaskAttention(nn.Module):
         self.qk_norm = qk_norm
         self.rope_theta = rope_theta
         self.score_activation = score_activation
-        self.attention: dict[str, Any] = {"mode": "causal", "keep_first": 0, "keep_recent": 0}
-        self.attention.update(attention)
 
         self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=bias)
         self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
@@ -150,7 +148,7 @@ class DynamicMaskAttention(nn.Module):
         Args:
             hidden_states: ``[B, S, hidden_size]``; packed ``[T, hidden_size]`` or ``[1, T, ...]``.
             position_ids: Integer ``[B, S]`` or ``[1, S]`` (packed: ``[T]`` or ``[1, T]``) for the
-                rotary embedding. Default: the number of real tokens before the token.
+                rotary embedding, if any. Default: the number of real tokens before the token.
             key_mask: Bool ``[B, S]``, True for real tokens, padding left or right. Rows of padding
                 are computed and mean nothing.
             cu_seqlens: int32 ``[N + 1]``, borders of packed sequences, which do not see each other.
@@ -160,8 +158,8 @@ class DynamicMaskAttention(nn.Module):
             A tensor in the shape of `hidden_states`.
 
         Raises:
-            TypeError, ValueError: An argument has a wrong type, shape, dtype, device or value, or
-                arguments exclude each other. The cache is unchanged.
+            TypeError, ValueError: An argument does not fit, or two exclude each other. The cache is
+                unchanged.
         """
         shape = hidden_states.shape
         self._check(hidden_states, key_mask, cu_seqlens, cache)
@@ -177,7 +175,9 @@ class DynamicMaskAttention(nn.Module):
             key = self.k_norm(key.to(self.k_norm.weight.dtype))
         if self.rope_theta is not None:
             if position_ids is None:
-                position_ids = _positions(hidden_states, key_mask, cu_seqlens, cache)
+                position_ids = _positions(hidden_states, key_mask, cu_seqlens)
+                if cache is not None:
+                    position_ids = cache.seen_tokens[:, None] + position_ids
             position_ids = _fit_positions(position_ids, hidden_states)
             query, key = (_rotate(x, position_ids, self.rope_theta) for x in (query, key))
         query, key = query.to(value.dtype), key.to(value.dtype)
@@ -229,10 +229,7 @@ class DynamicMaskAttention(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> WindowCache:
-        """An empty `WindowCache`, by default with the dtype and device of `v_proj`.
-
-        Under autocast pass its dtype. With a `mode` other than ``"causal"`` there is none.
-        """
+        """An empty `WindowCache` like `v_proj` in dtype and device; under autocast give its dtype."""
         weight = self.v_proj.weight
         return WindowCache(
             batch_size,
@@ -275,8 +272,8 @@ class DynamicMaskAttention(nn.Module):
             checks.check_cu_seqlens("cu_seqlens", cu_seqlens, shape[-2], device)
             if key_mask is not None or cache is not None:
                 raise ValueError(
-                    "cu_seqlens: expected neither key_mask nor cache with packed sequences, got "
-                    "both; drop the padding before packing, and decode in a batch"
+                    "cu_seqlens: expected neither key_mask nor cache with packed sequences; drop "
+                    "the padding before packing, and decode in a batch"
                 )
         if key_mask is not None:
             checks.check_key_mask(key_mask, tuple(shape[:2]), device)
@@ -292,48 +289,40 @@ class DynamicMaskAttention(nn.Module):
                 )
 
 
-def _check_options(attention: AttentionOptions) -> None:
+def _check_options(attention: dict[str, Any]) -> None:
     known = AttentionOptions.__annotations__.keys()
     if unknown := attention.keys() - known:
         raise TypeError(f"unknown arguments {sorted(unknown)}; expected any of {sorted(known)}")
-    mode = attention.get("mode", "causal")
+    mode, is_causal = attention["mode"], attention.get("is_causal")
     if mode not in MODES:
         raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
-    is_causal = attention.get("is_causal")
     if is_causal is (False if mode == "causal" else None):
         expected = "None or True" if mode == "causal" else "True or False"
         raise ValueError(f"is_causal: expected {expected} with mode={mode!r}, got {is_causal}")
-    checks.check_count("keep_first", attention.get("keep_first", 0), 0)
-    checks.check_count("keep_recent", attention.get("keep_recent", 0), 0)
+    checks.check_count("keep_first", attention["keep_first"], 0)
+    checks.check_count("keep_recent", attention["keep_recent"], 0)
     checks.check_softcap(attention.get("softcap"))
 
 
-def _positions(
-    hidden_states: Tensor,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    cache: WindowCache | None,
-) -> Tensor:
-    """The number of real tokens before each token of its sequence."""
-    length = hidden_states.shape[-2]
-    index = torch.arange(length, device=hidden_states.device)
+def _positions(x: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """The number of real tokens before each token ``x[..., S, :]`` of its sequence."""
+    index = torch.arange(x.shape[-2], device=x.device)
     if cu_seqlens is not None:
-        return index - sequence_bounds(cu_seqlens, length)[0]
-    position = index[None] if key_mask is None else (key_mask.cumsum(-1) - 1).clamp(min=0)
-    return position if cache is None else cache.seen_tokens[:, None] + position
+        return index - sequence_bounds(cu_seqlens, len(index))[0]
+    return index[None] if key_mask is None else (key_mask.cumsum(-1) - 1).clamp(min=0)
 
 
 def _fit_positions(position_ids: Tensor, hidden_states: Tensor) -> Tensor:
     """Check positions and make them broadcast over ``hidden_states[..., 0]``."""
-    expected = hidden_states.shape[:-1]
-    if isinstance(position_ids, Tensor) and not position_ids.is_floating_point():
-        if len(expected) == 1 and position_ids.shape == (1, *expected):
+    shape, expected = position_ids.shape, hidden_states.shape[:-1]
+    if not position_ids.is_floating_point():
+        if len(expected) == 1 and shape == (1, *expected):
             return position_ids[0]
-        if position_ids.shape in (expected, (1, *expected[1:])):
+        if shape in (expected, (1, *expected[1:])):
             return position_ids
-    got = tuple(position_ids.shape) if isinstance(position_ids, Tensor) else position_ids
     raise ValueError(
-        f"position_ids: expected integers of shape {tuple(expected)}, or one row for all, got {got}"
+        f"position_ids: expected integers of shape {tuple(expected)}, or one row for all, got "
+        f"{position_ids.dtype} {tuple(shape)}"
     )
 
 

@@ -36,8 +36,7 @@ class WindowCache:
             keep_first + keep_recent`` slots. A new key takes the slot of one that was evicted.
         value: ``[B, Hkv, C, D]``.
         score: fp32 ``[B, Hkv, C]``.
-        position: int64 ``[B, Hkv, C]``, the number of real tokens before the key. -1 is
-            an empty slot, whose other entries mean nothing.
+        position: int64 ``[B, Hkv, C]``, the number of real tokens before the key; -1: empty slot.
         seen_tokens: int64 ``[B]``, the number of real tokens read.
         evicted_at: int64 ``[B]``, the value of `seen_tokens` when a key was last evicted.
 

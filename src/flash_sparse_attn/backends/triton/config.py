@@ -90,5 +90,5 @@ def architecture_of(device: torch.device) -> str:
 
 def epoch_length(kept: int, keep_recent: int) -> int:
     """Queries of an epoch for so many keys kept: about half of what a query sees."""
-    seen = max(1, kept + keep_recent)
+    seen = max(2, kept + keep_recent)
     return min(8192, max(128, 1 << (seen // 2).bit_length() - 1))

@@ -390,14 +390,13 @@ def _beaten_by(key, rivals, CHUNK: tl.constexpr, SLICE: tl.constexpr):
 @triton.jit
 def _beaten_at(key, rivals, missing, CHUNK: tl.constexpr, SLICE: tl.constexpr):
     """Index of the rival with which `missing` have beaten each key; CHUNK if they never do."""
-    count = tl.zeros([CHUNK], tl.int32)
     at = tl.zeros([CHUNK], tl.int32)
     for i in range(0, CHUNK, SLICE):
         rival = tl.gather(rivals, i + tl.arange(0, SLICE), 0)
         # [SLICE, CHUNK]
-        upto = tl.cumsum((rival[:, None] > key[None, :]).to(tl.int32), 0) + count[None, :]
+        upto = tl.cumsum((rival[:, None] > key[None, :]).to(tl.int32), 0)
         at += tl.sum((upto < missing[None, :]).to(tl.int32), 0)
-        count = tl.max(upto, 0)
+        missing -= tl.max(upto, 0)
     return at
 
 
@@ -490,9 +489,10 @@ def _chunk_kernel(score_ptr, mask_ptr, cu_ptr, planes_ptr, list_ptr, rank_ptr, a
 
     # `room` ranks are left for candidates; each rival that beats a key takes one.
     room = window - tl.minimum(start - begin, tl.maximum(window - CHUNK, 0))
+    # Between old and new the order keys decide: on a tie the new one wins.
     missing = room - _beaten_by(old_key, old_key, CHUNK, SLICE)
-    old_dies = _beaten_at(old_key, new_key, missing, CHUNK, SLICE)
-    missing = room - _beaten_by(new_key, old_key, CHUNK, SLICE)
+    old_dies = _beaten_at(old_order - 1, new_order, missing, CHUNK, SLICE)
+    missing = room - _beaten_by(new_order, old_order, CHUNK, SLICE)
     new_dies = _beaten_at(new_key, new_key, missing, CHUNK, SLICE)
 
     ranks = rank_ptr + row // heads * key_len

@@ -1,0 +1,351 @@
+"""Forward over epochs: every query tile walks the key slots of its epoch.
+
+Two loops without a branch: old blocks that the whole tile sees, without any mask; then the old blocks
+at the border and the new blocks, where positions are compared with intervals. A block gives the same
+bits in either loop, so that a key that dies later changes nothing before.
+
+Grid: (row, epoch, tile). Symbols: ``R`` rows (batch x KV heads), ``E`` epochs, ``P`` slots, ``G`` heads
+of a KV head, ``M`` rows of a tile, ``N`` slots of a block, ``D`` the head dimension.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...plan import Plan
+from .config import TileConfig, architecture_of, padded_head_dim, tiles_for
+from .inputs import LOG2E, Bias, Call, is_aligned
+from .tiles import (
+    epoch_bounds,
+    load_rows,
+    log2_bias,
+    row_and_rest,
+    row_offsets,
+    scaled_scores,
+    softmax_update,
+    store_rows,
+    tile_blocks,
+)
+
+_NEVER = tl.constexpr(2**31 - 1)
+
+_INTS = (
+    "query_len",
+    "key_len",
+    "epoch_len",
+    "num_epochs",
+    "num_tiles",
+    "old_slots",
+    "num_slots",
+    "num_blocks",
+    "row_0",
+    "sqb",
+    "sqn",
+    "sqh",
+    "skb",
+    "skn",
+    "skh",
+    "svb",
+    "svn",
+    "svh",
+    "spb",
+    "spk",
+    "spg",
+    "spq",
+    "spn",
+    "sbb",
+    "sbk",
+    "sbg",
+    "sbn",
+)
+
+
+@triton.jit(do_not_specialize=_INTS)
+def slot_bias_kernel(
+    ptr_bias,
+    ptr_key,
+    ptr_counts,
+    ptr_slot_bias,
+    num_epochs,
+    old_slots,
+    num_slots,
+    num_blocks,
+    row_0,
+    sbb: tl.int64,
+    sbk: tl.int64,
+    sbg: tl.int64,
+    sbn: tl.int64,
+    HEADS_KV: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program per (row, bias head of its group, epoch, block): the bias of slots, in log 2 units."""
+    i_head, rest = row_and_rest(num_epochs * num_blocks)
+    i_epoch, i_block = rest // num_blocks, rest % num_blocks
+    i_row = row_0 + i_head // GROUP
+    slot = i_block * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    used_old = tl.load(ptr_counts + (i_row * num_epochs + i_epoch) * 2)
+    used_new = tl.load(ptr_counts + (i_row * num_epochs + i_epoch) * 2 + 1)
+    used = (slot < used_old) | ((slot >= old_slots) & (slot - old_slots < used_new))
+    key = tl.load(ptr_key + (i_row * num_epochs + i_epoch) * num_slots + slot, mask=used, other=0)
+    ptr_bias += i_row // HEADS_KV * sbb + i_row % HEADS_KV * sbk + i_head % GROUP * sbg
+    bias = tl.load(ptr_bias + key * sbn, mask=used, other=0.0)
+    out = (i_head * num_epochs + i_epoch) * num_slots + slot
+    tl.store(ptr_slot_bias + out, log2_bias(bias), mask=slot < num_slots)
+
+
+@triton.jit
+def _attend(
+    q,
+    peak,
+    total,
+    acc,
+    slot,
+    at,
+    i_group,
+    mask_row,
+    ptr_k,
+    ptr_v,
+    ptr_key,
+    ptr_start,
+    ptr_expiry,
+    ptr_slot_bias,
+    ptr_pair,
+    stride_slot_bias,
+    skn,
+    svn,
+    spn,
+    scale,
+    softcap,
+    MASKED: tl.constexpr,
+    KEY_BIAS: tl.constexpr,
+    PAIR_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Attend to one block of slots. Returns the new peak, total and accumulator."""
+    key = tl.load(ptr_key + slot)  # [N]
+    # Empty slots hold -1: they read nothing, since 0 * NaN would be NaN.
+    k = load_rows(ptr_k, row_offsets(key, skn, ALIGNED), key >= 0, D, BLOCK_D, MASKED)  # [N, D]
+    scores, _ = scaled_scores(tl.dot(q, tl.trans(k)), scale, softcap, HAS_SOFTCAP)  # [M, N]
+    if KEY_BIAS == "kv head":
+        scores += tl.load(ptr_slot_bias + slot)[None, :]
+    elif KEY_BIAS == "head":
+        offs = i_group.to(tl.int64) * stride_slot_bias
+        scores += tl.load(ptr_slot_bias + offs[:, None] + slot[None, :])
+    if PAIR_BIAS:
+        seen = mask_row[:, None] & (key >= 0)[None, :]
+        pair = tl.load(ptr_pair + (key.to(tl.int64) * spn)[None, :], mask=seen, other=0.0)
+        scores += log2_bias(pair)
+    if MASKED:
+        start = tl.load(ptr_start + slot)
+        expiry = tl.load(ptr_expiry + slot)
+        sees = (start[None, :] <= at[:, None]) & (at[:, None] < expiry[None, :])
+        scores = tl.where(sees, scores, float("-inf"))
+    probs, factor, peak, total = softmax_update(scores, peak, total)
+    v = load_rows(ptr_v, row_offsets(key, svn, ALIGNED), key >= 0, D, BLOCK_D, MASKED)  # [N, D]
+    acc = tl.dot(probs.to(v.dtype), v, acc * factor[:, None])
+    return peak, total, acc
+
+
+@triton.jit(do_not_specialize=_INTS)
+def forward_kernel(
+    ptr_q,
+    ptr_k,
+    ptr_v,
+    ptr_out,
+    ptr_lse,
+    ptr_norm,
+    ptr_key,
+    ptr_start,
+    ptr_expiry,
+    ptr_visible,
+    ptr_entered,
+    ptr_epochs,
+    ptr_slot_bias,
+    ptr_pair,
+    scale,
+    softcap,
+    query_len,
+    key_len,
+    epoch_len,
+    num_epochs,
+    num_tiles,
+    old_slots,
+    num_slots,
+    row_0,
+    sqb: tl.int64,
+    sqn: tl.int64,
+    sqh: tl.int64,
+    skb: tl.int64,
+    skn: tl.int64,
+    skh: tl.int64,
+    svb: tl.int64,
+    svn: tl.int64,
+    svh: tl.int64,
+    spb: tl.int64,
+    spk: tl.int64,
+    spg: tl.int64,
+    spq: tl.int64,
+    spn: tl.int64,
+    HEADS_KV: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+    KEY_BIAS: tl.constexpr,
+    PAIR_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    CLAMPS: tl.constexpr,
+    PACKED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """Output, natural log-sum-exp, and (for backward) the same in log 2 units, +inf for empty rows."""
+    i_local, rest = row_and_rest(num_epochs * num_tiles)
+    i_tile = num_epochs * num_tiles - 1 - rest
+    i_epoch, i_tile = i_tile // num_tiles, i_tile % num_tiles
+    i_row = row_0 + i_local
+    i_batch, i_head = i_row // HEADS_KV, i_row % HEADS_KV
+    first, num, position = epoch_bounds(i_epoch, ptr_epochs, query_len, key_len, epoch_len, PACKED)
+
+    row = i_tile * BLOCK_M + tl.arange(0, BLOCK_M)  # [M] rows of the epoch
+    i_query, i_group = row // GROUP, row % GROUP
+    mask_row = row < num * GROUP
+    at = position + i_query
+    if CLAMPS:
+        at = tl.maximum(at, 0)
+    num_full, num_old, num_new = 0, 0, 0
+    if i_tile * BLOCK_M < num * GROUP:
+        last = tl.minimum((i_tile * BLOCK_M + BLOCK_M - 1) // GROUP, num - 1)
+        index = i_row * query_len + first
+        num_full, num_old, num_new = tile_blocks(
+            ptr_visible,
+            ptr_entered,
+            index + i_tile * BLOCK_M // GROUP,
+            index + last,
+            old_slots,
+            BLOCK_N,
+        )
+
+    offs_head = i_head * GROUP + i_group
+    offs_q = row_offsets(first + i_query, sqn, ALIGNED) + row_offsets(offs_head, sqh, ALIGNED)
+    ptr_q += i_batch * sqb
+    q = load_rows(ptr_q, offs_q, mask_row, D, BLOCK_D, True)  # [M, D]
+    ptr_k += i_batch * skb + i_head * skh
+    ptr_v += i_batch * svb + i_head * svh
+    slot_base = tl.multiple_of((i_row * num_epochs + i_epoch) * num_slots, 128)
+    ptr_key += slot_base
+    ptr_start += slot_base
+    ptr_expiry += slot_base
+    stride_slot_bias = num_epochs.to(tl.int64) * num_slots
+    bias_heads: tl.constexpr = GROUP if KEY_BIAS == "head" else 1
+    if KEY_BIAS != "none":
+        ptr_slot_bias += tl.multiple_of(
+            (i_local * bias_heads * num_epochs + i_epoch) * num_slots, 128
+        )
+    if PAIR_BIAS:
+        ptr_pair += i_batch * spb + i_head * spk
+        ptr_pair += (i_group * spg + (first + i_query) * spq)[:, None]
+
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    offs_n = tl.arange(0, BLOCK_N)  # [N]
+    for i in tl.range(0, num_full, num_stages=STAGES):
+        peak, total, acc = _attend(
+            q, peak, total, acc, i * BLOCK_N + offs_n, at, i_group, mask_row, ptr_k, ptr_v, ptr_key,
+            ptr_start, ptr_expiry, ptr_slot_bias, ptr_pair, stride_slot_bias, skn, svn, spn, scale,
+            softcap, False, KEY_BIAS, PAIR_BIAS, HAS_SOFTCAP, ALIGNED, D, BLOCK_D,
+        )  # fmt: skip
+    num_border = num_old - num_full
+    new_block = old_slots // BLOCK_N - num_border
+    for i in tl.range(0, num_border + num_new, num_stages=STAGES):
+        block = tl.where(i < num_border, num_full + i, new_block + i)
+        peak, total, acc = _attend(
+            q, peak, total, acc, block * BLOCK_N + offs_n, at, i_group, mask_row, ptr_k, ptr_v,
+            ptr_key, ptr_start, ptr_expiry, ptr_slot_bias, ptr_pair, stride_slot_bias, skn, svn, spn,
+            scale, softcap, True, KEY_BIAS, PAIR_BIAS, HAS_SOFTCAP, ALIGNED, D, BLOCK_D,
+        )  # fmt: skip
+
+    is_empty = total == 0
+    acc = acc / tl.where(is_empty, 1.0, total)[:, None]
+    norm = peak + tl.log2(tl.where(is_empty, 1.0, total))
+    HEADS: tl.constexpr = HEADS_KV * GROUP
+    index = (i_batch * query_len + first + i_query) * HEADS + offs_head
+    store_rows(ptr_out, index * D, mask_row, acc, D, BLOCK_D)
+    index = (i_batch * HEADS + offs_head) * query_len + first + i_query
+    tl.store(ptr_lse + index, norm / 1.4426950408889634, mask=mask_row)
+    if HAS_NORM:
+        tl.store(ptr_norm + index, tl.where(is_empty, float("inf"), norm), mask=mask_row)
+
+
+def slot_bias(plan: Plan, bias: Bias, rows: range) -> Tensor:
+    """Per-key bias of every slot in log 2 units, fp32 ``[rows (* G), E, P]``, 0 in empty slots."""
+    per_row = bias.group if bias.kind == "head" else 1
+    _, num_epochs, num_slots = plan.slot_key.shape
+    num_blocks = triton.cdiv(num_slots, 1024)
+    out = torch.empty(
+        len(rows) * per_row, num_epochs, num_slots, dtype=torch.float32, device=plan.slot_key.device
+    )
+    slot_bias_kernel[(len(rows) * per_row * num_epochs * num_blocks,)](
+        bias.tensor, plan.slot_key, plan.counts, out, num_epochs, plan.old_slots, num_slots, num_blocks,
+        rows.start, *bias.key_strides, HEADS_KV=bias.heads_kv, GROUP=per_row, BLOCK=1024, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def forward(
+    plan: Plan,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    call: Call,
+    *,
+    with_norm: bool = False,
+    config: TileConfig | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Attention over the slots of a plan.
+
+    Args:
+        plan: Of the call's selection; reusable.
+        query: fp16 or bf16 ``[B, Q, H, D]``; packed calls have batch 1. Any strides, the last one 1.
+        key: ``[B, K, Hkv, D]``.
+        value: ``[B, K, Hkv, D]``.
+        call: Scale, softcap and bias.
+        with_norm: Also return what `backward` needs of the normalization.
+        config: Tile sizes; default from the table.
+
+    Returns:
+        ``out [B, Q, H, D]``, ``lse`` fp32 ``[B, H, Q]``, and ``norm`` fp32 ``[B, H, Q]`` or ``None``.
+    """
+    batch, query_len, num_heads, head_dim = query.shape
+    heads_kv = key.shape[2]
+    group = num_heads // heads_kv
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    lse = torch.empty(batch, num_heads, query_len, dtype=torch.float32, device=query.device)
+    norm = torch.empty_like(lse) if with_norm else None
+    config = config or tiles_for(architecture_of(query.device), head_dim).forward
+    num_tiles = triton.cdiv(plan.epoch_len * group, config.block_m)
+    rows = range(batch * heads_kv)
+    bias = call.bias
+    biases = slot_bias(plan, bias, rows) if bias is not None and bias.is_per_key else None
+    forward_kernel[(len(rows) * plan.num_epochs * num_tiles,)](
+        query, key, value, out, lse, norm, plan.slot_key, plan.slot_start, plan.slot_expiry,
+        plan.visible, plan.entered, plan.epochs, biases, call.pair_tensor, *call.factors, query_len,
+        plan.key_len, plan.epoch_len, plan.num_epochs, num_tiles, plan.old_slots, plan.num_slots, 0,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *call.pair_strides,
+        HEADS_KV=heads_kv, GROUP=group, D=head_dim, BLOCK_D=padded_head_dim(head_dim),
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, STAGES=config.num_stages,
+        **call.flags, HAS_NORM=with_norm, CLAMPS=plan.clamps_positions,
+        PACKED=plan.epochs is not None, ALIGNED=is_aligned(query, key, value),
+        num_warps=config.num_warps,
+    )  # fmt: skip
+    return out, lse, norm
