@@ -529,6 +529,42 @@ def test_checkpointing_gives_the_same_gradients():
     assert all(torch.equal(plain[name], again[name]) for name in plain)
 
 
+@pytest.mark.parametrize("what", ["mask", "expiry", "query", "bias"])
+def test_a_tensor_changed_before_backward_is_noticed(what):
+    """Or has no effect; a gradient of something else than was computed is never returned."""
+    query, key, value = (t.requires_grad_() for t in qkv(1, 40, 40, 2, 1, 8))
+    bias = rand(1, 1, 1, 40)
+    selection, mask = select_keys(bias[:, :, 0], 9), torch.rand(1, 1, 40, 40) < 0.5
+    tensors = {"mask": mask, "expiry": selection.expiry, "query": query, "bias": bias}
+    seen = selection if what == "expiry" else mask
+    out = flash_sparse_attn_func(query, key, value, seen, bias)
+    grad_out = rand(*out.shape)
+    before = torch.autograd.grad(out, key, grad_out, retain_graph=True)[0]
+    with torch.no_grad():
+        tensors[what].copy_(torch.zeros_like(tensors[what]))
+    try:
+        after = torch.autograd.grad(out, key, grad_out)[0]
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)
+    else:
+        assert torch.equal(before, after)
+
+
+# Dynamo warns about its own steps while it traces.
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_compiled_calls_give_the_same_results():
+    inputs = dict(zip(("query", "key", "value"), qkv(1, 40, 40, 2, 1, 8), strict=True))
+    inputs["scores"] = rand(1, 1, 40)
+
+    def attend(query, key, value, scores):
+        return dynamic_mask_attn_func(query, key, value, scores, 7)
+
+    grad_out = rand(1, 40, 2, 8)
+    plain = outputs_and_gradients(attend, inputs, grad_out)
+    compiled = outputs_and_gradients(torch.compile(attend, backend="eager"), inputs, grad_out)
+    assert all(torch.equal(plain[name], compiled[name]) for name in plain)
+
+
 def test_a_call_changes_none_of_its_arguments():
     tensors = [*qkv(2, 80, 80, 4, 2, 8), torch.rand(2, 1, 80, 80) < 0.5, rand(2, 1, 1, 80)]
     before = [t.clone() for t in tensors]

@@ -196,10 +196,11 @@ def test_the_troubleshooting_call_with_short_names():
         assert torch.equal(function(query, key, value, is_causal=True), expected)
 
 
-def inputs(dtype=torch.float32):
-    return (
-        torch.randn(2, n, h, 8, dtype=dtype, device=DEVICE) for n, h in ((9, 4), (9, 2), (9, 2))
-    )
+def inputs():
+    # Kernels on a GPU take 16-bit inputs.
+    dtype = torch.float16 if DEVICE.type == "cuda" else torch.float32
+    shapes = ((2, 9, 4, 8), (2, 9, 2, 8), (2, 9, 2, 8))
+    return [torch.randn(shape, dtype=dtype, device=DEVICE) for shape in shapes]
 
 
 def test_both_names_of_the_scale_mean_the_same():
@@ -223,7 +224,7 @@ def test_both_names_of_the_scale_mean_the_same():
     ],
 )
 def test_an_argument_under_both_names_is_an_error(args, kwargs, names):
-    tensors = list(inputs())
+    tensors = inputs()
     given = {k: tensors[v] if isinstance(v, int) else v for k, v in kwargs.items()}
     with pytest.raises(TypeError, match=f"^{names[0]}: expected .*{names[1]}.*got both"):
         flash_dmattn.flash_dmattn_func(*tensors[:args], **given)
@@ -322,7 +323,8 @@ def test_the_argument_order_of_the_backend_functions(backend, monkeypatch):
     present = getattr(flash_sparse_attn.compat, f"{backend}_sparse_attn_func")
     old = getattr(flash_dmattn, f"{backend}_dmattn_func")
     query, key, value = inputs()
-    mask, bias = torch.ones(1, 1, 9, 9, dtype=torch.bool), torch.zeros(1, 1, 9, 9)
+    mask = torch.ones(1, 1, 9, 9, dtype=torch.bool, device=DEVICE)
+    bias = torch.zeros(1, 1, 9, 9, device=DEVICE)
     for function in (present, old):
         function(query, key, value, mask, bias, True, 0.3)
         assert recorder.tensors == (query, key, value, mask, bias)

@@ -464,6 +464,7 @@ def test_attention_over_pages(changes, error, name, words):
         (lambda s: replace(s, mode="shared").to_dense(), ValueError, "is_causal"),
         (lambda s: s.to_dense(-1), ValueError, "query_len"),
     ],
+    ids=["not causal", "causality not said", "negative length"],
 )
 def test_selection_methods(function, error, name):
     refused(lambda: function(selection()), error, name)

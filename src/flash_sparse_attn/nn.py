@@ -229,7 +229,7 @@ class DynamicMaskAttention(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> WindowCache:
-        """An empty `WindowCache` like `v_proj` in dtype and device; under autocast give its dtype."""
+        """An empty `WindowCache` in the dtype (under autocast pass its) and device of `v_proj`."""
         weight = self.v_proj.weight
         return WindowCache(
             batch_size,

@@ -1,13 +1,14 @@
 """What a call has to read: epochs of queries, and the keys that each epoch needs, in order.
 
-The queries of a sequence are cut into *epochs* of ``L`` neighbours. All queries of an epoch walk one
-list of key *slots*, which has two parts:
+The queries of a sequence are cut into *epochs* of ``L`` neighbours. All queries of an epoch walk
+one list of key *slots*, which has two parts:
 
 * the *old* part: keys of which a prefix is visible to every query. In a causal selection these are
-  the survivors at the epoch's first position, best first: they die worst first, so that the dead are
-  a suffix at any time. In the other modes they are the chosen keys by position, which only enter.
-* the *new* part: the keys that enter during the epoch (and those kept for being recent), by position,
-  each with the interval of positions that see it.
+  the survivors at the epoch's first position, best first: they die worst first, so that the dead
+  are a suffix at any time. In the other modes they are the chosen keys by position, which only
+  enter.
+* the *new* part: the keys that enter during the epoch (and those kept for being recent), by
+  position, each with the interval of positions that see it.
 
 The order depends on the past only: what comes later can hide a slot, never move it.
 """
@@ -29,8 +30,8 @@ class Plan:
     ``Q`` and ``K`` the queries and keys of a batch entry (packed: of all sequences).
 
     Attributes:
-        slot_key: int32 ``[R, E, P]``, the key in each slot (packed: its row), -1 for none. Slots past
-            the last block of 128 that holds a key are not written.
+        slot_key: int32 ``[R, E, P]``, the key in each slot (packed: its row), -1 for none. Slots
+            past the last block of 128 that holds a key are not written.
         slot_start: int32 ``[R, E, P]``, the first position that sees the key.
         slot_expiry: int32 ``[R, E, P]``, the first position that no longer does.
         counts: int32 ``[R, E, 2]``, the used slots of the old and of the new part.
@@ -38,10 +39,11 @@ class Plan:
         entered: int32 ``[R, Q]``, how many new slots, from the first on, it may see.
         use_end: int64 ``[R * K]`` or ``None``: the uses of key ``j`` are the entries of `use_slot`
             from ``use_end[j - 1]`` to ``use_end[j]``.
-        use_slot: int32 ``[R * E * P]`` or ``None``: ``epoch * P + slot`` of every use, epochs rising.
-        epochs: int32 ``[E, 8]`` for packed sequences, else ``None``: first query, number of queries,
-            position of the first, first key and number of keys of its sequence, the first epoch and
-            the number of that sequence, and 0.
+        use_slot: int32 ``[R * E * P]`` or ``None``: ``epoch * P + slot`` of every use, epochs
+            rising.
+        epochs: int32 ``[E, 8]`` for packed sequences, else ``None``: first query, number of
+            queries, position of the first, first key and number of keys of its sequence, the first
+            epoch and the number of that sequence, and 0.
         epoch_len: ``L``.
         old_slots: Slots of the old part; the new part begins there.
         query_len: ``Q``.
@@ -81,8 +83,33 @@ class Plan:
         tensors = (getattr(self, f.name) for f in fields(self))
         return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
 
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """``epoch_len, old_slots, query_len, key_len``."""
+        return self.epoch_len, self.old_slots, self.query_len, self.key_len
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors, empty ones in place of ``None``: what an operator can take and return."""
+        none = self.slot_key.new_empty(0)
+        parts = (getattr(self, name) for name in _TENSORS)
+        return [none if part is None else part for part in parts]
+
+    @classmethod
+    def of(cls, tensors: list[Tensor], sizes: list[int], clamps_positions: bool) -> Plan:
+        """The inverse of `tensors` and `sizes`."""
+        optional = [t if t.numel() else None for t in tensors[6:]]
+        return cls(*tensors[:6], *optional, *sizes, clamps_positions)
+
+    def fits(self, query_len: int, is_causal: bool, for_backward: bool) -> bool:
+        """Whether a call with so many queries can use this plan."""
+        return (
+            self.query_len == query_len
+            and self.clamps_positions != is_causal
+            and (self.use_end is not None or not for_backward)
+        )
+
     def bounds(self) -> list[tuple[int, int, int]]:
-        """First query, number of queries and first position of every epoch. Synchronizes if packed."""
+        """First query, number of queries, first position of every epoch; a sync if packed."""
         if self.epochs is not None:
             return [(row[0], row[1], row[2]) for row in self.epochs.tolist()]
         starts = [e * self.epoch_len for e in range(self.num_epochs)]

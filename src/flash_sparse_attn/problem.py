@@ -88,6 +88,11 @@ class Problem:
             packed=packed,
         )
 
+    @property
+    def is_empty(self) -> bool:
+        """No query or no key: every output is 0."""
+        return not (self.batch and self.query_len and self.key_len)
+
     def __str__(self) -> str:
         grad = ", gradients" if self.requires_grad else ""
         mask = f"selection {self.selection}" if self.selection else f"mask {self.mask_shape}"

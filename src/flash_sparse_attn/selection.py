@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from . import checks
-from .backends import eager_select
+from .backends import eager_select, triton
 from .intervals import mask_rows, order_key, sequence_bounds, visible_to
+from .plan import Plan
+from .varlen import PackedSequences
 
 MODES = ("causal", "shared", "relu")
 
@@ -38,6 +40,8 @@ class KeySelection:
         keep_recent: Number of newest keys that are visible whatever their score.
         key_mask: Bool ``[B, K]`` (packed: ``[total_k]``), False for padding, or ``None``.
         cu_seqlens: int32 ``[N + 1]``, the borders of packed sequences, or ``None``.
+        plan: What the GPU kernels walk, from `with_plan`, or ``None``: then each call makes its
+            own.
     """
 
     start: Tensor
@@ -49,6 +53,7 @@ class KeySelection:
     keep_recent: int = 0
     key_mask: Tensor | None = None
     cu_seqlens: Tensor | None = None
+    plan: Plan | None = None
 
     @property
     def is_causal(self) -> bool | None:
@@ -71,6 +76,35 @@ class KeySelection:
         }
         return replace(self, **moved)
 
+    def with_plan(
+        self,
+        query_len: int | None = None,
+        *,
+        is_causal: bool | None = None,
+        for_backward: bool = True,
+    ) -> KeySelection:
+        """The same selection with its plan made, for several calls: layers, steps, a captured
+        graph.
+
+        Args:
+            query_len: Number of queries of the calls; default as many as keys.
+            is_causal: Has to be given for the modes ``"shared"`` and ``"relu"``.
+            for_backward: Whether the calls need gradients.
+
+        Returns:
+            A new `KeySelection`; on devices that need no plan, this one.
+        """
+        causal = checks.resolve_causality(self, is_causal)
+        if not _on_gpu_kernels(self.start):
+            return self
+        from .backends.triton import ops
+
+        query_len = self.start.shape[-1] if query_len is None else query_len
+        packed = None
+        if self.cu_seqlens is not None:
+            packed = PackedSequences(self.cu_seqlens, self.cu_seqlens, query_len, query_len)
+        return replace(self, plan=ops.plan(self, query_len, causal, packed, for_backward))
+
     def sequence(self, index: int, length: int) -> KeySelection:
         """The first `length` keys of one batch entry, as a selection of batch size 1."""
         row = slice(index, index + 1)
@@ -80,6 +114,7 @@ class KeySelection:
             expiry=self.expiry[row, :, :length],
             score=self.score[row, :, :length],
             key_mask=None if self.key_mask is None else self.key_mask[row, :length],
+            plan=None,
         )
 
     def to_dense(self, query_len: int | None = None, is_causal: bool | None = None) -> Tensor:
@@ -191,6 +226,7 @@ def _flatten(selection: KeySelection) -> tuple[list[Any], tuple[Any, ...]]:
         selection.score,
         selection.key_mask,
         selection.cu_seqlens,
+        selection.plan,
     ]
     return tensors, (
         selection.mode,
@@ -201,10 +237,10 @@ def _flatten(selection: KeySelection) -> tuple[list[Any], tuple[Any, ...]]:
 
 
 def _unflatten(children: Any, context: Any) -> KeySelection:
-    start, expiry, score, key_mask, cu_seqlens = children
+    start, expiry, score, key_mask, cu_seqlens, plan = children
     mode, window_size, keep_first, keep_recent = context
     return KeySelection(
-        start, expiry, score, mode, window_size, keep_first, keep_recent, key_mask, cu_seqlens
+        start, expiry, score, mode, window_size, keep_first, keep_recent, key_mask, cu_seqlens, plan
     )
 
 
@@ -255,9 +291,13 @@ def select_keys(
         scores, window_size, mode, MODES, key_mask, cu_seqlens, keep_first, keep_recent
     )
     score = scores.detach().to(torch.float32).contiguous()
-    start, expiry = eager_select.intervals(
-        score, window_size, mode, key_mask, cu_seqlens, keep_first, keep_recent
-    )
+    choice = (window_size, mode, key_mask, cu_seqlens, keep_first, keep_recent)
+    if _on_gpu_kernels(score):
+        from .backends.triton import ops
+
+        start, expiry = ops.select(score, *choice)
+    else:
+        start, expiry = eager_select.intervals(score, *choice)
     return KeySelection(
         start,
         expiry,
@@ -269,3 +309,8 @@ def select_keys(
         key_mask,
         cu_seqlens,
     )
+
+
+def _on_gpu_kernels(score: Tensor) -> bool:
+    """Whether the GPU's own kernels select and plan for keys like these."""
+    return score.device.type == "cuda" and score.numel() > 0 and not triton.unavailable()

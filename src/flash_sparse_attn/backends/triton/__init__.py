@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 import shutil
 from functools import lru_cache
-from typing import NoReturn
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from ...problem import Problem
+if TYPE_CHECKING:
+    from ...problem import Problem
+    from ...selection import KeySelection
 
 MIN_CAPABILITY = (8, 0)
-MIN_TRITON = (3, 2)
+# The oldest version the kernels were run with.
+MIN_TRITON = (3, 6)
+_DTYPES = (torch.float16, torch.bfloat16)
 
 
 @lru_cache(maxsize=1)
-def _unavailable() -> tuple[str, ...]:
+def _reasons() -> tuple[str, ...]:
     reasons = []
-    if importlib.util.find_spec("triton") is None:
+    version = _triton_version()
+    wanted = ".".join(map(str, MIN_TRITON))
+    if version is None:
         reasons.append("Triton is not installed; a CUDA or ROCm build of PyTorch brings it")
+    elif version < MIN_TRITON:
+        found = ".".join(map(str, version))
+        reasons.append(f"Triton {found} is too old, {wanted} is needed; use a newer PyTorch")
     if not torch.cuda.is_available():
         reasons.append("PyTorch sees no GPU: no driver, no device, or a CPU build of PyTorch")
     elif torch.version.hip is None and torch.cuda.get_device_capability() < MIN_CAPABILITY:
@@ -29,20 +39,52 @@ def _unavailable() -> tuple[str, ...]:
         )
     if not any(shutil.which(name) for name in ("cc", "gcc", "clang")):
         reasons.append("Triton needs a C compiler (cc, gcc or clang) on the PATH")
-    reasons.append("the GPU kernels are not part of this version")
     return tuple(reasons)
 
 
+def _triton_version() -> tuple[int, int] | None:
+    """Major and minor version, without importing Triton."""
+    for name in ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-rocm"):
+        try:
+            major, minor = importlib.metadata.version(name).split(".")[:2]
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        return int(major), int(minor)
+    return None
+
+
+@torch.compiler.assume_constant_result
 def unavailable() -> list[str]:
     """Why this backend cannot run on this machine."""
-    return list(_unavailable())
+    return list(_reasons())
 
 
 def unsupported(problem: Problem) -> list[str]:
     """Why this backend cannot run this call."""
-    return unavailable()
+    reasons = []
+    if problem.device.type != "cuda":
+        reasons.append(f"it runs on GPUs, the tensors are on {problem.device}")
+    if problem.dtype not in _DTYPES:
+        reasons.append(f"it takes fp16 and bf16, query is {problem.dtype}; cast, or use autocast")
+    if problem.selection is None:
+        reasons.append(
+            "it takes a KeySelection, no bool mask and not none; "
+            "use select_keys, or backend='eager'"
+        )
+    if problem.bias_dtype == torch.float64:
+        reasons.append("it takes biases up to fp32, attn_bias is fp64; cast it")
+    return reasons
 
 
-def attention(problem: Problem, *tensors: object) -> NoReturn:
-    """Raises: `dispatch.choose` never returns an unavailable backend."""
-    raise NotImplementedError("; ".join(unavailable()))
+def attention(
+    problem: Problem,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    selection: KeySelection,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """``out [B, Q, H, D]`` and ``lse [B, H, Q]`` over the keys of a selection."""
+    from . import ops
+
+    return ops.attention(problem, query, key, value, selection, bias)

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...plan import Plan
-from .config import TileConfig, architecture_of, padded_head_dim, partial_rows, tiles_for
+from .config import TileConfig, Tiles, architecture_of, padded_head_dim, partial_rows, tiles_for
 from .forward import slot_bias
 from .inputs import Bias, Call, is_aligned
 from .tiles import (
@@ -185,7 +185,7 @@ def grad_query_kernel(
     mask_row = row < num * GROUP
     offs_head = i_head * GROUP + i_group
     HEADS: tl.constexpr = HEADS_KV * GROUP
-    ptr_grad += i_batch * sgb
+    ptr_grad += row_offsets(i_batch, sgb, GRAD_ALIGNED)
     grad = _load_grads(
         ptr_grad, first + i_query, offs_head, sgn, sgh, sgd, mask_row, D, BLOCK_D, GRAD_ALIGNED
     )  # [M, D]
@@ -212,10 +212,10 @@ def grad_query_kernel(
                 ptr_visible, ptr_entered, i_first, i_q + last, old_slots, BLOCK_N
             )
         offs_q = row_offsets(first + i_query, sqn, ALIGNED) + row_offsets(offs_head, sqh, ALIGNED)
-        q = load_rows(ptr_q + i_batch * sqb, offs_q, mask_row, D, BLOCK_D, True)  # [M, D]
+        q = load_rows(ptr_q + row_offsets(i_batch, sqb, ALIGNED), offs_q, mask_row, D, BLOCK_D, True)  # [M, D]
         grad = grad.to(q.dtype)
-        ptr_k += i_batch * skb + i_head * skh
-        ptr_v += i_batch * svb + i_head * svh
+        ptr_k += row_offsets(i_batch, skb, ALIGNED) + row_offsets(i_head, skh, ALIGNED)
+        ptr_v += row_offsets(i_batch, svb, ALIGNED) + row_offsets(i_head, svh, ALIGNED)
         slot_base = tl.multiple_of((i_row * num_epochs + i_epoch) * num_slots, 128)
         ptr_key += slot_base
         ptr_start += slot_base
@@ -224,7 +224,7 @@ def grad_query_kernel(
         bias_heads: tl.constexpr = GROUP if KEY_BIAS == "head" else 1
         if KEY_BIAS != "none":
             ptr_slot_bias += tl.multiple_of(
-                (i_local * bias_heads * num_epochs + i_epoch) * num_slots, 128
+                (i_row * bias_heads * num_epochs + i_epoch) * num_slots, 128
             )
         if PAIR_BIAS:
             ptr_pair += i_batch * spb + i_head * spk
@@ -406,21 +406,19 @@ def grad_key_kernel(
         full_1 = tl.where(to_all >= num, tile_1, tl.maximum(to_all, 0) * GROUP // BLOCK_M)
         full_1 = tl.maximum(tl.minimum(full_1, tile_1), full_0)
 
-        ptr_q += i_batch * sqb
-        ptr_grad += i_batch * sgb
+        ptr_q += row_offsets(i_batch, sqb, ALIGNED)
+        ptr_grad += row_offsets(i_batch, sgb, GRAD_ALIGNED)
         HEADS: tl.constexpr = HEADS_KV * GROUP
         ptr_norm += i_batch * HEADS * query_len
         ptr_delta += i_batch * HEADS * query_len
-        k = load_rows(
-            ptr_k + i_batch * skb + i_head * skh, row_offsets(key, skn, ALIGNED), key >= 0, D, BLOCK_D, True
-        )  # [N, D]
-        v = load_rows(
-            ptr_v + i_batch * svb + i_head * svh, row_offsets(key, svn, ALIGNED), key >= 0, D, BLOCK_D, True
-        )  # [N, D]
+        ptr_k += row_offsets(i_batch, skb, ALIGNED) + row_offsets(i_head, skh, ALIGNED)
+        ptr_v += row_offsets(i_batch, svb, ALIGNED) + row_offsets(i_head, svh, ALIGNED)
+        k = load_rows(ptr_k, row_offsets(key, skn, ALIGNED), key >= 0, D, BLOCK_D, True)  # [N, D]
+        v = load_rows(ptr_v, row_offsets(key, svn, ALIGNED), key >= 0, D, BLOCK_D, True)  # [N, D]
         stride_slot_bias = num_epochs.to(tl.int64) * num_slots
         bias = tl.zeros([BLOCK_N], tl.float32)
         bias_heads: tl.constexpr = GROUP if KEY_BIAS == "head" else 1
-        bias_base = (i_local * bias_heads * num_epochs + i_epoch) * num_slots
+        bias_base = (i_row * bias_heads * num_epochs + i_epoch) * num_slots
         if KEY_BIAS == "kv head":
             bias = tl.load(ptr_slot_bias + bias_base + slot)
         elif KEY_BIAS == "head":
@@ -536,30 +534,202 @@ class Needs:
         return {"NEEDS_KEY": self.key, "NEEDS_VALUE": self.value, "NEEDS_BIAS": per_key}
 
 
-class Backward:
-    """One backward pass; see `backward`."""
+def backward(
+    plan: Plan,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    norm: Tensor,
+    grad_out: Tensor,
+    call: Call,
+    needs: Needs,
+    *,
+    tiles: Tiles | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients that `needs` asks for; bitwise repeatable.
 
-    def __init__(
-        self, plan: Plan, query: Tensor, key: Tensor, value: Tensor, call: Call, needs: Needs
-    ):
-        self.plan, self.query, self.key, self.value = plan, query, key, value
-        self.call, self.needs = call, needs
-        self.batch, self.query_len, self.num_heads, self.head_dim = query.shape
-        self.heads_kv = key.shape[2]
-        self.group = self.num_heads // self.heads_kv
-        self.rows = self.batch * self.heads_kv
-        self.tiles = tiles_for(architecture_of(query.device), self.head_dim)
-        self.head = {
-            "HEADS_KV": self.heads_kv,
-            "GROUP": self.group,
-            "D": self.head_dim,
-            "BLOCK_D": padded_head_dim(self.head_dim),
-            "CLAMPS": plan.clamps_positions,
-            "PACKED": plan.epochs is not None,
-            "ALIGNED": is_aligned(query, key, value),
-            **call.flags,
-        }
-        bias = call.bias
-        self.slot_bias = None
-        if bias is not None and bias.is_per_key:
-            self.slot_bias = slot_bias(plan, bias, range(self.rows))
+    Args:
+        plan: As in `forward`, made for backward.
+        query, key, value: As in `forward`.
+        out: ``[B, Q, H, D]``, contiguous, from `forward`.
+        norm: fp32 ``[B, H, Q]``, from `forward`.
+        grad_out: ``[B, Q, H, D]``, any strides.
+        call: As in `forward`.
+        needs: Which gradients.
+        tiles: Tile sizes; default from the table.
+
+    Returns:
+        Gradients of query, key and value, contiguous, and of the bias in its shape and dtype; ``None``
+        for those not asked for.
+    """
+    tiles = tiles or tiles_for(architecture_of(query.device), query.shape[-1])
+    delta = torch.empty_like(norm)
+    bias = call.bias
+    biases = slot_bias(plan, bias) if bias is not None and bias.is_per_key else None
+    grad_query = None
+    if needs.query:
+        grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
+    saved = (query, key, value, out, grad_out, norm, delta)
+    grad_bias = None
+    if needs.bias and bias is not None and not bias.is_per_key:
+        grad_bias = _pair_gradient(plan, saved, biases, grad_query, call, bias, tiles.grad_query)
+    else:
+        _run_grad_query(plan, saved, biases, grad_query, None, call, tiles.grad_query)
+    grad_key = grad_value = None
+    if needs.key or needs.value or (needs.bias and grad_bias is None):
+        grad_key, grad_value, grad_bias_key = _key_gradients(
+            plan, saved, biases, call, needs, tiles.grad_key
+        )
+        grad_bias = grad_bias if grad_bias_key is None else grad_bias_key
+    return grad_query, grad_key, grad_value, grad_bias
+
+
+def _constants(plan: Plan, query: Tensor, key: Tensor, value: Tensor, grad: Tensor, call: Call) -> dict:
+    return {
+        "HEADS_KV": key.shape[2],
+        "GROUP": query.shape[2] // key.shape[2],
+        "D": query.shape[3],
+        "BLOCK_D": padded_head_dim(query.shape[3]),
+        "CLAMPS": plan.clamps_positions,
+        "PACKED": plan.epochs is not None,
+        "ALIGNED": is_aligned(query, key, value),
+        "GRAD_ALIGNED": is_aligned(grad),
+        **call.flags,
+    }
+
+
+def _run_grad_query(
+    plan: Plan,
+    saved: tuple[Tensor, ...],
+    biases: Tensor | None,
+    grad_query: Tensor | None,
+    grad_pair: Tensor | None,
+    call: Call,
+    config: TileConfig,
+    rows: range | None = None,
+) -> None:
+    """dQ, delta and the gradient of a pair bias, for all rows or some."""
+    query, key, value, out, grad, norm, delta = saved
+    rows = rows or range(query.shape[0] * key.shape[2])
+    num_tiles = triton.cdiv(plan.epoch_len * (query.shape[2] // key.shape[2]), config.block_m)
+    pair_grad = "none"
+    if grad_pair is not None:
+        pair_grad = "rows" if grad_pair.dim() == 3 else "pairs"
+    grad_query_kernel[(len(rows) * plan.num_epochs * num_tiles,)](
+        query, key, value, out, grad, norm, delta, grad_query, grad_pair, plan.slot_key,
+        plan.slot_start, plan.slot_expiry, plan.visible, plan.entered, plan.epochs, biases,
+        call.pair_tensor, *call.factors, call.softmax_scale, query.shape[1], plan.key_len,
+        plan.epoch_len, plan.num_epochs, num_tiles, plan.old_slots, plan.num_slots, rows.start,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad.stride(),
+        *call.pair_strides, BLOCK_M=config.block_m, BLOCK_N=config.block_n, STAGES=config.num_stages,
+        PAIR_GRAD=pair_grad, NEEDS_BLOCKS=grad_query is not None or grad_pair is not None,
+        **_constants(plan, query, key, value, grad, call), num_warps=config.num_warps,
+    )  # fmt: skip
+
+
+def _pair_gradient(
+    plan: Plan,
+    saved: tuple[Tensor, ...],
+    biases: Tensor | None,
+    grad_query: Tensor | None,
+    call: Call,
+    bias: Bias,
+    config: TileConfig,
+) -> Tensor:
+    """Run the dQ kernel for a bias that depends on the query; returns the gradient of the bias."""
+    query, key = saved[:2]
+    batch, query_len, num_heads, _ = query.shape
+    heads_kv, group = key.shape[2], num_heads // key.shape[2]
+    shape, dtype = bias.tensor.shape, bias.tensor.dtype
+    full = (batch, num_heads, query_len, key.shape[1])
+    if shape == full:
+        pairs = torch.zeros(shape, dtype=dtype, device=query.device)
+        _run_grad_query(plan, saved, biases, grad_query, pairs, call, config)
+        return pairs
+    if shape[3] == 1:
+        per_row = torch.empty(full[:3], dtype=torch.float32, device=query.device)
+        _run_grad_query(plan, saved, biases, grad_query, per_row, call, config)
+        return _sum_to(per_row[..., None], shape, heads_kv).to(dtype)
+    # One KV head after the other, so that shared biases need no O(B H Q K) memory.
+    total = torch.zeros(shape, dtype=torch.float32, device=query.device)
+    for row in range(batch * heads_kv):
+        pairs = torch.zeros((1, group, *full[2:]), dtype=torch.float32, device=query.device)
+        _run_grad_query(
+            plan, saved, biases, grad_query, pairs, call, config, range(row, row + 1)
+        )
+        i_batch = row // heads_kv if shape[0] > 1 else 0
+        i_head = row % heads_kv
+        if shape[1] == num_heads:
+            total[i_batch, i_head * group : (i_head + 1) * group] += pairs[0]
+        else:
+            total[i_batch, i_head if shape[1] > 1 else 0] += pairs[0].sum(0)
+    return total.to(dtype)
+
+
+def _sum_to(grad: Tensor, shape: torch.Size, heads_kv: int) -> Tensor:
+    """Sum a 4-D gradient over the dimensions in which the bias is broadcast, in fp32."""
+    if shape[1] == heads_kv and grad.shape[1] != heads_kv:
+        grad = grad.unflatten(1, (heads_kv, -1)).sum(2)
+    dims = [d for d in range(4) if shape[d] == 1 and grad.shape[d] > 1]
+    return grad.sum(dims, keepdim=True) if dims else grad
+
+
+def _key_gradients(
+    plan: Plan,
+    saved: tuple[Tensor, ...],
+    biases: Tensor | None,
+    call: Call,
+    needs: Needs,
+    config: TileConfig,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dK, dV and the gradient of a per-key bias, some rows after the others to bound memory."""
+    query, key, value, _, grad, norm, delta = saved
+    batch, key_len, heads_kv, head_dim = key.shape
+    bias = call.bias
+    flags = needs.flags(bias)
+    members = bias.group if bias is not None and bias.kind == "head" else 1
+
+    def fresh(wanted: bool, like: Tensor) -> Tensor | None:
+        return torch.empty_like(like, memory_format=torch.contiguous_format) if wanted else None
+
+    grad_key, grad_value = fresh(needs.key, key), fresh(needs.value, value)
+    grad_bias = None
+    if flags["NEEDS_BIAS"]:
+        grad_bias = torch.empty(
+            batch, heads_kv * members, 1, key_len, dtype=torch.float32, device=key.device
+        )
+    rows = batch * heads_kv
+    chunk = partial_rows(rows, plan.num_epochs * plan.num_slots * head_dim, query, key)
+    slots = (chunk, plan.num_epochs, plan.num_slots)
+
+    def part(wanted: bool, *last: int) -> Tensor | None:
+        return torch.empty(*slots, *last, dtype=torch.float32, device=key.device) if wanted else None
+
+    part_key, part_value = part(needs.key, head_dim), part(needs.value, head_dim)
+    part_bias = part(grad_bias is not None, members)
+    constants = _constants(plan, query, key, value, grad, call)
+    num_blocks = triton.cdiv(plan.num_slots, config.block_n)
+    block_k = max(1, 2048 // padded_head_dim(head_dim))
+    for row in range(0, rows, chunk):
+        now = min(chunk, rows - row)
+        grad_key_kernel[(now * plan.num_epochs * num_blocks,)](
+            query, key, value, grad, norm, delta, part_key, part_value, part_bias, plan.slot_key,
+            plan.slot_start, plan.slot_expiry, plan.counts, plan.epochs, biases, call.pair_tensor,
+            *call.factors, call.softmax_scale, query.shape[1], plan.key_len, plan.epoch_len,
+            plan.num_epochs, num_blocks, plan.old_slots, plan.num_slots, row, *query.stride()[:3],
+            *key.stride()[:3], *value.stride()[:3], *grad.stride(), *call.pair_strides,
+            GROUP_PAD=triton.next_power_of_2(members), BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n, STAGES=config.num_stages, **flags, **constants,
+            num_warps=config.num_warps,
+        )  # fmt: skip
+        key_blocks = triton.cdiv(key_len, block_k)
+        reduce_kernel[(now * key_blocks,)](
+            part_key, part_value, part_bias, plan.use_end, plan.use_slot, grad_key, grad_value,
+            grad_bias, key_len, plan.num_epochs, plan.num_slots, key_blocks, row, HEADS_KV=heads_kv,
+            MEMBERS=members, MEMBERS_PAD=triton.next_power_of_2(members), D=head_dim,
+            BLOCK_D=padded_head_dim(head_dim), BLOCK_K=block_k, STAGES=2, **flags, num_warps=4,
+        )  # fmt: skip
+    if grad_bias is not None and bias is not None:
+        grad_bias = _sum_to(grad_bias, bias.tensor.shape, heads_kv).to(bias.tensor.dtype)
+    return grad_key, grad_value, grad_bias

@@ -92,3 +92,13 @@ def epoch_length(kept: int, keep_recent: int) -> int:
     """Queries of an epoch for so many keys kept: about half of what a query sees."""
     seen = max(2, kept + keep_recent)
     return min(8192, max(128, 1 << (seen // 2).bit_length() - 1))
+
+
+def partial_rows(rows: int, floats: int, query: torch.Tensor, key: torch.Tensor) -> int:
+    """How many rows of keys backward takes at a time: fp32 dK and dV of `floats` each per row.
+
+    All of them if that is little beside the call's own tensors, so that long texts fit.
+    """
+    own = 4 * query.numel() * query.element_size() + 4 * key.numel() * key.element_size()
+    budget = max(1 << 30, own // 16)
+    return max(1, min(rows, budget // (8 * floats)))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...plan import Plan
 from .config import TileConfig, architecture_of, padded_head_dim, tiles_for
-from .inputs import LOG2E, Bias, Call, is_aligned
+from .inputs import Bias, Call, is_aligned
 from .tiles import (
     epoch_bounds,
     load_rows,
@@ -41,7 +41,6 @@ _INTS = (
     "old_slots",
     "num_slots",
     "num_blocks",
-    "row_0",
     "sqb",
     "sqn",
     "sqh",
@@ -73,7 +72,6 @@ def slot_bias_kernel(
     old_slots,
     num_slots,
     num_blocks,
-    row_0,
     sbb: tl.int64,
     sbk: tl.int64,
     sbg: tl.int64,
@@ -85,7 +83,7 @@ def slot_bias_kernel(
     """One program per (row, bias head of its group, epoch, block): the bias of slots, in log 2 units."""
     i_head, rest = row_and_rest(num_epochs * num_blocks)
     i_epoch, i_block = rest // num_blocks, rest % num_blocks
-    i_row = row_0 + i_head // GROUP
+    i_row = i_head // GROUP
     slot = i_block * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     used_old = tl.load(ptr_counts + (i_row * num_epochs + i_epoch) * 2)
     used_new = tl.load(ptr_counts + (i_row * num_epochs + i_epoch) * 2 + 1)
@@ -178,7 +176,6 @@ def forward_kernel(
     num_tiles,
     old_slots,
     num_slots,
-    row_0,
     sqb: tl.int64,
     sqn: tl.int64,
     sqh: tl.int64,
@@ -209,10 +206,9 @@ def forward_kernel(
     ALIGNED: tl.constexpr,
 ):
     """Output, natural log-sum-exp, and (for backward) the same in log 2 units, +inf for empty rows."""
-    i_local, rest = row_and_rest(num_epochs * num_tiles)
+    i_row, rest = row_and_rest(num_epochs * num_tiles)
     i_tile = num_epochs * num_tiles - 1 - rest
     i_epoch, i_tile = i_tile // num_tiles, i_tile % num_tiles
-    i_row = row_0 + i_local
     i_batch, i_head = i_row // HEADS_KV, i_row % HEADS_KV
     first, num, position = epoch_bounds(i_epoch, ptr_epochs, query_len, key_len, epoch_len, PACKED)
 
@@ -237,10 +233,10 @@ def forward_kernel(
 
     offs_head = i_head * GROUP + i_group
     offs_q = row_offsets(first + i_query, sqn, ALIGNED) + row_offsets(offs_head, sqh, ALIGNED)
-    ptr_q += i_batch * sqb
+    ptr_q += row_offsets(i_batch, sqb, ALIGNED)
     q = load_rows(ptr_q, offs_q, mask_row, D, BLOCK_D, True)  # [M, D]
-    ptr_k += i_batch * skb + i_head * skh
-    ptr_v += i_batch * svb + i_head * svh
+    ptr_k += row_offsets(i_batch, skb, ALIGNED) + row_offsets(i_head, skh, ALIGNED)
+    ptr_v += row_offsets(i_batch, svb, ALIGNED) + row_offsets(i_head, svh, ALIGNED)
     slot_base = tl.multiple_of((i_row * num_epochs + i_epoch) * num_slots, 128)
     ptr_key += slot_base
     ptr_start += slot_base
@@ -249,7 +245,7 @@ def forward_kernel(
     bias_heads: tl.constexpr = GROUP if KEY_BIAS == "head" else 1
     if KEY_BIAS != "none":
         ptr_slot_bias += tl.multiple_of(
-            (i_local * bias_heads * num_epochs + i_epoch) * num_slots, 128
+            (i_row * bias_heads * num_epochs + i_epoch) * num_slots, 128
         )
     if PAIR_BIAS:
         ptr_pair += i_batch * spb + i_head * spk
@@ -287,17 +283,17 @@ def forward_kernel(
         tl.store(ptr_norm + index, tl.where(is_empty, float("inf"), norm), mask=mask_row)
 
 
-def slot_bias(plan: Plan, bias: Bias, rows: range) -> Tensor:
-    """Per-key bias of every slot in log 2 units, fp32 ``[rows (* G), E, P]``, 0 in empty slots."""
+def slot_bias(plan: Plan, bias: Bias) -> Tensor:
+    """Per-key bias of every slot in log 2 units, fp32 ``[R (* G), E, P]``, 0 in empty slots."""
     per_row = bias.group if bias.kind == "head" else 1
-    _, num_epochs, num_slots = plan.slot_key.shape
+    rows, num_epochs, num_slots = plan.slot_key.shape
     num_blocks = triton.cdiv(num_slots, 1024)
     out = torch.empty(
-        len(rows) * per_row, num_epochs, num_slots, dtype=torch.float32, device=plan.slot_key.device
+        rows * per_row, num_epochs, num_slots, dtype=torch.float32, device=plan.slot_key.device
     )
-    slot_bias_kernel[(len(rows) * per_row * num_epochs * num_blocks,)](
+    slot_bias_kernel[(rows * per_row * num_epochs * num_blocks,)](
         bias.tensor, plan.slot_key, plan.counts, out, num_epochs, plan.old_slots, num_slots, num_blocks,
-        rows.start, *bias.key_strides, HEADS_KV=bias.heads_kv, GROUP=per_row, BLOCK=1024, num_warps=4,
+        *bias.key_strides, HEADS_KV=bias.heads_kv, GROUP=per_row, BLOCK=1024, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -334,13 +330,12 @@ def forward(
     norm = torch.empty_like(lse) if with_norm else None
     config = config or tiles_for(architecture_of(query.device), head_dim).forward
     num_tiles = triton.cdiv(plan.epoch_len * group, config.block_m)
-    rows = range(batch * heads_kv)
     bias = call.bias
-    biases = slot_bias(plan, bias, rows) if bias is not None and bias.is_per_key else None
-    forward_kernel[(len(rows) * plan.num_epochs * num_tiles,)](
+    biases = slot_bias(plan, bias) if bias is not None and bias.is_per_key else None
+    forward_kernel[(batch * heads_kv * plan.num_epochs * num_tiles,)](
         query, key, value, out, lse, norm, plan.slot_key, plan.slot_start, plan.slot_expiry,
         plan.visible, plan.entered, plan.epochs, biases, call.pair_tensor, *call.factors, query_len,
-        plan.key_len, plan.epoch_len, plan.num_epochs, num_tiles, plan.old_slots, plan.num_slots, 0,
+        plan.key_len, plan.epoch_len, plan.num_epochs, num_tiles, plan.old_slots, plan.num_slots,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *call.pair_strides,
         HEADS_KV=heads_kv, GROUP=group, D=head_dim, BLOCK_D=padded_head_dim(head_dim),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, STAGES=config.num_stages,

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from ...intervals import NEVER
 from ...plan import Plan
-from .config import SLOT_ALIGN, epoch_length
+from .config import SLOT_ALIGN
+from .layout import Layout
 from .tiles import count_prefix, epoch_bounds, row_and_rest
 
 if TYPE_CHECKING:
@@ -38,7 +39,6 @@ _NO_KEY = tl.constexpr(-(2**63))
 _EPOCH_FIELDS = 8
 _COARSE = 1 << 15  # queries of a coarse epoch
 _RUN = 1024  # keys sorted by one program
-_FIXED_EPOCHS = 4  # epochs of a selection whose keys never leave
 
 _SIZES = (
     "query_len",
@@ -307,7 +307,8 @@ def _place_kernel(
     ptr_slot_start += slot_base
     ptr_slot_expiry += slot_base
     ptr_list += (i_row * num_epochs + i_epoch) * old_slots
-    ptr_sorted += (i_row * num_epochs + i_epoch) * num_runs * RUN
+    if SORTED:
+        ptr_sorted += (i_row * num_epochs + i_epoch) * num_runs * RUN
     ptr_start += i_row * key_len + key_0
     ptr_expiry += i_row * key_len + key_0
 
@@ -423,10 +424,6 @@ def _link_kernel(
             tl.store(ptr_use_slot + place, i_epoch * num_slots + slot, mask=offs < used)
 
 
-def _round_up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
-
-
 def _epoch_table(packed: PackedSequences, total_q: int, length: int) -> Tensor:
     num_sequences = packed.cu_seqlens_q.numel() - 1
     num_epochs = total_q // length + num_sequences
@@ -463,21 +460,13 @@ def build_plan(
     device = selection.start.device
     ranked = selection.mode == "causal"
     recent = selection.keep_recent
-    kept = key_len
-    if selection.mode != "relu":
-        kept = min(key_len, selection.window_size + selection.keep_first + (0 if ranked else recent))
-    if epoch_len is None:
-        epoch_len = epoch_length(kept, recent)
-        if not ranked and not recent:
-            epoch_len = max(epoch_len, triton.next_power_of_2(triton.cdiv(query_len, _FIXED_EPOCHS)))
-    epoch_len = min(epoch_len, max(16, triton.next_power_of_2(query_len)))
-    num_epochs = triton.cdiv(query_len, epoch_len)
-    if packed is not None:
-        num_epochs = query_len // epoch_len + packed.cu_seqlens_q.numel() - 1
-
-    old_slots = _round_up(kept, SLOT_ALIGN)
-    num_new = epoch_len + max(recent, 1) - 1 if ranked or recent else 0
-    num_slots = old_slots + _round_up(min(num_new, key_len), SLOT_ALIGN)
+    num_sequences = None if packed is None else packed.cu_seqlens_q.numel() - 1
+    layout = Layout.of(
+        query_len, key_len, selection.mode, selection.window_size, selection.keep_first, recent,
+        num_sequences, epoch_len,
+    )  # fmt: skip
+    epoch_len, num_epochs = layout.epoch_len, layout.num_epochs
+    old_slots, num_slots = layout.old_slots, layout.num_slots
 
     def ints(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=device)
@@ -511,10 +500,8 @@ def build_plan(
         recent, **facts, FROM_COARSE=coarse_list is not None, ONLY_OLD=False, **scan,
     )  # fmt: skip
 
-    # A window over everything never lets a key go: any order will do.
-    is_sorted = ranked and kept < key_len
     ordered, num_runs = None, triton.cdiv(old_slots, _RUN)
-    if is_sorted:
+    if layout.is_sorted:
         ordered = torch.empty(rows, num_epochs, num_runs, _RUN, dtype=torch.int64, device=device)
         _sort_kernel[(rows * num_epochs * num_runs,)](
             selection.score, listed, counts, table, ordered, key_len, num_epochs, old_slots,
@@ -523,7 +510,7 @@ def build_plan(
     _place_kernel[(rows * num_epochs,)](
         *intervals, listed, ordered, counts, table, slot_key, slot_start, slot_expiry, visible,
         *sizes, epoch_len, num_epochs, old_slots, num_slots, num_runs, old_slots.bit_length(),
-        SORTED=is_sorted, **facts, RUN=_RUN, num_warps=8,
+        SORTED=layout.is_sorted, **facts, RUN=_RUN, num_warps=8,
     )  # fmt: skip
 
     use_end = use_slot = None

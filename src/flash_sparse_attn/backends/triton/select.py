@@ -150,7 +150,7 @@ def _always_kept(index, begin, rank_ptr, arrival_ptr, key_len, keep_first, keep_
     if HAS_RANK:
         nth = tl.load(rank_ptr + index, mask=live, other=0)
         arrival = nth + keep_recent
-        nth -= tl.load(rank_ptr + begin, mask=live, other=0)
+        nth -= tl.load(rank_ptr + begin + index * 0, mask=live, other=0)
         until = tl.load(arrival_ptr + arrival, mask=live & (arrival < key_len), other=_NEVER)
     return nth < keep_first, until
 
