@@ -155,7 +155,9 @@ def size_of(url: str) -> int | None:
 
 def resolve(python: Path, *arguments: str) -> list[Package]:
     """What `pip install ARGUMENTS` would install; raises what `pip` raises."""
-    options = ["--dry-run", "--quiet", "--timeout", "5", "--retries", "1", "--report", "-"]
+    # fast-deps reads a wheel's description without downloading the wheel.
+    options = ["--dry-run", "--use-feature=fast-deps", "--quiet", "--report", "-"]
+    options += ["--timeout", "5", "--retries", "1"]
     report = pip(python, "install", *options, *arguments, timeout=180, quiet=True)
     # Without this project itself, which is a folder.
     items = [i for i in json.loads(report)["install"] if "dir_info" not in i["download_info"]]

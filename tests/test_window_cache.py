@@ -607,6 +607,7 @@ def test_survivors_are_the_live_keys_of_the_selection():
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_reading_a_prompt_does_not_wait_for_the_gpu():
     text = make_text(device="cuda", padded="left")
     cache = make_cache(device="cuda", keep_first=1, keep_recent=2)

@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
         "info", help="versions, device, which backends work and why the others do not"
     ).set_defaults(run=lambda _: print(info.report()) or 0)
     cli.add_arguments(commands.add_parser("bench", help="measure time, memory and error"))
-    demo.add_arguments(commands.add_parser("demo", help="the main job in three minutes: tables and a figure"))
+    demo.add_arguments(commands.add_parser("demo", help="the main job: tables and a figure"))
     arguments = parser.parse_args(argv)
     try:
         return arguments.run(arguments)

@@ -83,13 +83,13 @@ def flash_sparse_attn_varlen_func(
     cu_seqlens_k: Tensor,
     max_seqlen_q: int,
     max_seqlen_k: int,
-    attn_mask: Mask = None,
-    attn_bias: Tensor | None = None,
     softmax_scale: float | None = None,
     is_causal: bool | None = None,
     softcap: float | None = None,
     deterministic: bool | None = None,
     *,
+    attn_mask: Mask = None,
+    attn_bias: Tensor | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Any:
@@ -103,10 +103,10 @@ def flash_sparse_attn_varlen_func(
         cu_seqlens_k: int32 ``[N + 1]``, borders of the keys. Sequences may be empty.
         max_seqlen_q: Length of the longest query sequence.
         max_seqlen_k: Length of the longest key sequence.
-        attn_mask: Bool ``[total_k]`` (True = visible), or a `KeySelection` with `cu_seqlens_k`.
-        attn_bias: ``[{1|Hkv|H}, total_k]``, one bias per key.
         softmax_scale, is_causal, softcap, deterministic, return_lse, backend: As there; causal is
             bottom-right in every sequence.
+        attn_mask: Bool ``[total_k]`` (True = visible), or a `KeySelection` with `cu_seqlens_k`.
+        attn_bias: ``[{1|Hkv|H}, total_k]``, one bias per key.
 
     Returns:
         ``out [total_q, H, D]``, or ``(out, lse [H, total_q])``.
@@ -124,6 +124,8 @@ def flash_sparse_attn_varlen_func(
     checks.check_max_seqlen("max_seqlen_q", max_seqlen_q, cu_seqlens_q)
     checks.check_max_seqlen("max_seqlen_k", max_seqlen_k, cu_seqlens_k)
     packed = PackedSequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    if isinstance(attn_mask, KeySelection):
+        checks.check_same_borders(attn_mask, cu_seqlens_k)
     if isinstance(attn_mask, Tensor):
         checks.check_tensor("attn_mask", attn_mask, "[total_k]")
         attn_mask = attn_mask[None, None, None]
@@ -250,6 +252,7 @@ def _problem(
         checks.check_selection(mask, batch, kv_heads, key_len, query.device, packed is not None)
     elif mask is not None:
         checks.check_mask(mask, shape, kv_heads, query.device)
+    checks.check_options(softmax_scale, deterministic)
     if bias is not None:
         checks.check_bias(bias, shape, kv_heads, query)
     return Problem.of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from typing import TYPE_CHECKING
@@ -69,7 +70,7 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor, *, packed: bool = False
     heads, kv_heads = query.shape[-2], key.shape[-2]
     if kv_heads == 0 or heads == 0 or heads % kv_heads:
         raise ValueError(
-            f"key: the {heads} query heads have to be a multiple of the KV heads, got {kv_heads}; "
+            f"key: expected KV heads that divide the {heads} query heads, got {kv_heads}; "
             "query is [B, Q, H, D], key is [B, K, Hkv, D]"
         )
     if key.shape[-1] != query.shape[-1]:
@@ -107,7 +108,12 @@ def check_mask(
     mask: Tensor, shape: tuple[int, int, int, int], kv_heads: int, device: torch.device
 ) -> None:
     """`attn_mask` is bool, on the device of query and broadcastable."""
-    if isinstance(mask, Tensor) and mask.dtype != torch.bool:
+    if not isinstance(mask, Tensor):
+        raise TypeError(
+            f"attn_mask: expected a bool tensor, a KeySelection or None, got {type(mask).__name__}; "
+            "a KeySelection takes no second mask: give select_keys a key_mask or cu_seqlens"
+        )
+    if mask.dtype != torch.bool:
         raise TypeError(
             f"attn_mask: expected torch.bool (True = visible), got {mask.dtype}; "
             "pass mask.bool(), or an additive mask as attn_bias"
@@ -192,6 +198,18 @@ def check_selection(
         raise ValueError(
             f"attn_mask: expected a KeySelection on {device}, got {selection.start.device}; "
             "use selection.to(device)"
+        )
+
+
+def check_same_borders(selection: KeySelection, cu_seqlens_k: Tensor) -> None:
+    """A packed selection was made with the borders of the call."""
+    borders = selection.cu_seqlens
+    if borders is None or not looks_at_values(cu_seqlens_k):
+        return
+    if borders.shape != cu_seqlens_k.shape or bool((borders != cu_seqlens_k).any()):
+        raise ValueError(
+            f"attn_mask: expected a KeySelection made with cu_seqlens_k = {cu_seqlens_k.tolist()}, "
+            f"got one made with {borders.tolist()}"
         )
 
 
@@ -352,9 +370,29 @@ def check_pages(
             )
 
 
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number or None, got {value!r}")
+
+
+def check_options(softmax_scale: float | None, deterministic: bool | None) -> None:
+    """A finite scale, and a switch."""
+    if softmax_scale is not None:
+        _check_number("softmax_scale", softmax_scale)
+        if not math.isfinite(softmax_scale):
+            raise ValueError(
+                f"softmax_scale: expected a finite number or None, got {softmax_scale}"
+            )
+    if deterministic is not None and not isinstance(deterministic, bool):
+        raise TypeError(f"deterministic: expected True, False or None, got {deterministic!r}")
+
+
 def check_softcap(softcap: float | None) -> float:
     """`softcap` as a float; 0.0 is off."""
-    softcap = 0.0 if softcap is None else float(softcap)
+    if softcap is None:
+        return 0.0
+    _check_number("softcap", softcap)
+    softcap = float(softcap)
     if not 0.0 <= softcap < float("inf"):
         raise ValueError(f"softcap: expected None, 0.0 (off) or a positive number, got {softcap}")
     return softcap

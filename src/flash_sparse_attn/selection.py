@@ -126,6 +126,8 @@ class KeySelection:
             is_causal: Has to be given for the modes ``"shared"`` and ``"relu"``.
         """
         causal = checks.resolve_causality(self, is_causal)
+        if query_len is not None:
+            checks.check_count("query_len", query_len, 0)
         key_len = self.start.shape[-1]
         index = torch.arange(key_len, device=self.start.device)
         if self.cu_seqlens is None:

@@ -110,16 +110,19 @@ class _Attention(torch.autograd.Function):
             walk.put_queries(out, tile, part)
         lse = (peaks + totals.log()).to(_lse_dtype(query))
         walk.check_rows(lse)
-        ctx.problem, ctx.mask = problem, mask
-        ctx.save_for_backward(query, key, value, bias, out, peaks, totals)
+        # Saved as tensors, so that a change in place before the backward pass is an error.
+        ctx.problem, ctx.mask = problem, None if isinstance(mask, Tensor) else mask
+        masks = (mask.start, mask.expiry) if isinstance(mask, KeySelection) else (mask,)
+        ctx.save_for_backward(query, key, value, bias, out, peaks, totals, *masks)
         ctx.mark_non_differentiable(lse)
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out, _):  # type: ignore[no-untyped-def]
-        problem, mask = ctx.problem, ctx.mask
-        query, key, value, bias, out, peaks, totals = ctx.saved_tensors
+        problem = ctx.problem
+        query, key, value, bias, out, peaks, totals, *masks = ctx.saved_tensors
+        mask = masks[0] if ctx.mask is None else replace(ctx.mask, start=masks[0], expiry=masks[1])
         needs_query, needs_key, needs_value, needs_bias = ctx.needs_input_grad[2:]
         needs_scores = needs_query or needs_key or needs_bias
         walk = Walk(problem, mask, query, key, value, bias)

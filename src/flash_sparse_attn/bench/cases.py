@@ -16,7 +16,7 @@ class Case:
 
     Attributes:
         name: Unique name on the command line and in rows.
-        what: ``"attention"`` (selection, forward and backward with all gradients) or ``"selection"``.
+        what: ``"attention"`` (selection, forward, all gradients) or ``"selection"``.
         batch, heads, kv_heads, length, head_dim, window: B, H, Hkv, N, D, W.
         pattern: How the scores are drawn, one of `PATTERNS`.
         dtype: dtype of query, key and value; scores are fp32.
@@ -54,11 +54,11 @@ class Case:
         return self.batch * self.heads * (seen * (seen + 1) // 2 + full_rows * seen)
 
     def flops(self, dense: bool = False) -> int:
-        """Useful floating-point operations: ``4 D`` for each visible triple, 2.5 times that backward."""
+        """Useful operations: ``4 D`` for each visible triple, and 2.5 times that backward."""
         return 0 if self.what == "selection" else 14 * self.head_dim * self.pairs(dense)
 
     def min_bytes(self) -> int:
-        """Bytes that have to move at least: every input read and every result written once a pass."""
+        """Least traffic: in every pass each input is read and each result written once."""
         scores = 4 * self.batch * self.kv_heads * self.length
         if self.what == "selection":
             return 3 * scores
@@ -78,7 +78,7 @@ class Case:
 
 @dataclass
 class Inputs:
-    """Tensors of a case: ``query [B,N,H,D]``, ``key``, ``value [B,N,Hkv,D]``, ``scores [B,Hkv,N]``."""
+    """``query``, ``grad_out [B, N, H, D]``, ``key``, ``value [B, N, Hkv, D]``, ``scores [B, Hkv, N]``."""
 
     query: Tensor
     key: Tensor
@@ -107,14 +107,15 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
     if case.what == "selection":
         empty = torch.empty(0)
         return Inputs(empty, empty, empty, scores, empty)
-    inputs = Inputs(draw(case.heads), draw(case.kv_heads), draw(case.kv_heads), scores, draw(case.heads))
+    query, key, value = draw(case.heads), draw(case.kv_heads), draw(case.kv_heads)
+    inputs = Inputs(query, key, value, scores, draw(case.heads))
     for leaf in inputs.leaves():
         leaf.requires_grad_()
     return inputs
 
 
 def make_scores(case: Case, generator: torch.Generator) -> Tensor:
-    """Scores fp32 ``[B, Hkv, N]`` of the case's pattern, between -2 and 2 or normally distributed."""
+    """Scores fp32 ``[B, Hkv, N]`` of the case's pattern."""
     shape = (case.batch, case.kv_heads, case.length)
     if case.pattern == "random":
         return torch.randn(shape, generator=generator)
@@ -128,15 +129,19 @@ def make_scores(case: Case, generator: torch.Generator) -> Tensor:
     return line.expand(shape).contiguous()
 
 
-_CPU_16K = Case("cpu-16k-random", "attention", 1, 4, 2, 16384, 64, 256)
+_ALL = ("ours", "sdpa-causal", "sdpa-masked")
+_CPU_16K = Case("cpu-16k-random", "attention", 1, 4, 2, 16384, 64, 256, providers=_ALL)
 
 CASES = {
     case.name: case
     for case in (
-        replace(_CPU_16K, providers=("ours", "sdpa-causal", "sdpa-masked")),
-        *(replace(_CPU_16K, name=f"cpu-16k-{p}", pattern=p) for p in PATTERNS[1:]),
+        _CPU_16K,
+        *(
+            replace(_CPU_16K, name=f"cpu-16k-{pattern}", pattern=pattern, providers=("ours",))
+            for pattern in PATTERNS[1:]
+        ),
         Case("cpu-select-1m", "selection", 1, 8, 8, 1 << 20, 1, 2048),
-        Case("cpu-smoke", "attention", 1, 2, 1, 512, 16, 32, providers=("ours", "sdpa-causal", "sdpa-masked")),
+        Case("cpu-smoke", "attention", 1, 2, 1, 512, 16, 32, providers=_ALL),
     )
 }
 """Every case by name. ``cpu-smoke`` is a check of the frame and belongs to no yardstick."""

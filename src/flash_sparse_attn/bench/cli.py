@@ -40,10 +40,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _list(arguments: argparse.Namespace) -> int:
     rows = [
-        [case.name, case.shape, case.pattern, case.dtype, f"{case.flops() / 1e9:.4g}", format_bytes(case.min_bytes())]
+        [
+            case.name,
+            case.shape,
+            case.pattern,
+            case.dtype,
+            f"{case.flops() / 1e9:.4g}",
+            format_bytes(case.min_bytes()),
+        ]
         for case in CASES.values()
     ]
-    print("cases\n" + table(["name", "shape", "scores", "dtype", "useful GFLOP", "least traffic"], rows))
+    header = ["name", "shape", "scores", "dtype", "useful GFLOP", "least traffic"]
+    print("cases\n" + table(header, rows))
     print("\nproviders")
     for name, provider in PROVIDERS.items():
         print(f"  {name:<14} {provider.what}")
@@ -53,8 +61,8 @@ def _list(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     cases = _choose(arguments.case)
     if not cases:
-        names = ", ".join(CASES)
-        print(f"--case: no case is called {' or '.join(arguments.case)}; there are {names}", file=sys.stderr)
+        wanted, names = " or ".join(arguments.case), ", ".join(CASES)
+        print(f"--case: no case is called {wanted}; there are {names}", file=sys.stderr)
         return 2
     jobs = [(case, name) for case in cases for name in arguments.provider or case.providers]
     facts = {case.device: run_facts(case.device) for case in cases}
@@ -78,11 +86,9 @@ def _run(arguments: argparse.Namespace) -> int:
 def _choose(patterns: list[str] | None) -> list[Case]:
     if patterns is None:
         device = info.default_device().type
-        chosen = [case for case in CASES.values() if case.device == device and case.name != "cpu-smoke"]
-        return chosen or [case for case in CASES.values() if case.name != "cpu-smoke"]
-    return [
-        case for name, case in CASES.items() if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
-    ]
+        cases = [case for case in CASES.values() if case.name != "cpu-smoke"]
+        return [case for case in cases if case.device == device] or cases
+    return [case for case in CASES.values() if any(fnmatch.fnmatch(case.name, p) for p in patterns)]
 
 
 def _one(case: Case, name: str, repeats: int, facts: Row) -> Row | str:
@@ -109,12 +115,11 @@ def _report(rows: list[Row], remarks: list[str], facts: dict[str, Row]) -> str:
         machine = ", ".join(f"{key} {value}" for key, value in shared["hardware"].items())
         versions = ", ".join(f"{key} {value}" for key, value in shared["versions"].items())
         lines += [f"{device}: {machine}", f"{versions}, commit {shared['commit']}", ""]
-    header = ["case", "provider", "selection", "forward", "backward", "total", "spread", "runs", "peak memory", "error"]
-    lines.append(table(header, [_cells(row) for row in rows]))
+    lines.append(table(_COLUMNS, [_cells(row) for row in rows]))
     lines += [
         "",
-        "Medians; the total includes the selection or mask building. Peak memory is above the inputs.",
-        "The error is the largest of output and gradients against fp64 at a shape that fits it.",
+        "Medians; the total includes the selection or mask building. Memory is the peak above the",
+        "inputs. The error is the largest of output and gradients, against fp64 at a reduced length.",
     ]
     found = verdicts(rows)
     if found:
@@ -124,12 +129,27 @@ def _report(rows: list[Row], remarks: list[str], facts: dict[str, Row]) -> str:
     return "\n".join(lines)
 
 
+_COLUMNS = (
+    "case",
+    "provider",
+    "selection",
+    "forward",
+    "backward",
+    "total",
+    "spread",
+    "runs",
+    "memory",
+    "error",
+)
+_PARTS = ("selection", "forward", "backward", "total")
+
+
 def _cells(row: Row) -> list[str]:
     seconds, (fastest, slowest) = row["seconds"], row["spread"]
     return [
         row["case"],
         row["provider"],
-        *(format_seconds(seconds.get(part)) for part in ("selection", "forward", "backward", "total")),
+        *(format_seconds(seconds.get(part)) for part in _PARTS),
         f"{format_seconds(fastest)} .. {format_seconds(slowest)}",
         f"{row['repeats']}{'' if row['warm'] else ' (cold)'}",
         format_bytes(row["peak_bytes"]),

@@ -1,10 +1,11 @@
-"""What the command line programs share: progress bars, tables, files written whole or not at all."""
+"""What the command line programs share: progress bars, text and tables, whole files."""
 
 from __future__ import annotations
 
 import os
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,6 +62,11 @@ class Progress:
         print(f"\r{line}\033[K" if self._terminal else line, end="", file=sys.stderr, flush=True)
         if not self._terminal:
             print(file=sys.stderr, flush=True)
+
+
+def paragraph(*sentences: str) -> str:
+    """Sentences as indented text of at most 100 columns."""
+    return textwrap.fill(" ".join(sentences), 100, initial_indent="  ", subsequent_indent="  ")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

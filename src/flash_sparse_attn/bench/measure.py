@@ -63,7 +63,7 @@ def measure(case: Case, provider: Provider, repeats: int, budget_seconds: float)
     memory = _PeakMemory(case.device)
     first = _run(case, provider, inputs)
     peak = memory.peak()
-    runs = []
+    runs: list[dict[str, float]] = []
     begin = time.perf_counter()
     if first["total"] < _SLOW_SECONDS:
         while len(runs) < repeats and time.perf_counter() - begin < budget_seconds:
@@ -161,9 +161,7 @@ def main() -> None:
     """Read a job from standard input, print its measurement as the last line of standard output."""
     job = json.load(sys.stdin)
     job["case"]["providers"] = tuple(job["case"]["providers"])
-    result = measure(
-        Case(**job["case"]), PROVIDERS[job["provider"]], job["repeats"], job["budget"]
-    )
+    result = measure(Case(**job["case"]), PROVIDERS[job["provider"]], job["repeats"], job["budget"])
     print(json.dumps(result))
 
 

@@ -29,8 +29,8 @@ class Provider:
         what: One line for people.
         select: From inputs and window to whatever `attend` takes as its mask.
         attend: From inputs and mask to ``out [B, N, H, D]``.
-        dense: True if it attends every causal key and has no bias: a different function, measured as
-            the usual alternative.
+        dense: True if it attends every causal key and has no bias: a different function, measured
+            as the usual alternative.
         extra_bytes: Lower bound of the memory that a case needs.
     """
 
@@ -147,10 +147,15 @@ def verify(case: Case, name: str) -> dict[str, float]:
     if case.what == "selection":
         wrong = int((provider.select(inputs, case.window).to_dense() != mask).sum())
         if wrong:
-            raise WrongResult(f"{name} on {case.name}: {wrong} visible pairs differ at {case.shape}")
+            raise WrongResult(
+                f"{name} on {case.name}: {wrong} visible pairs differ at {case.shape}"
+            )
         return {"wrong_pairs": 0.0}
 
-    results = _results(inputs, lambda x: provider.attend(x, provider.select(x, case.window)), provider)
+    def attend(x: Inputs) -> Tensor:
+        return provider.attend(x, provider.select(x, case.window))
+
+    results = _results(inputs, attend, provider)
     if provider.dense:
         mask = torch.ones_like(mask).tril()
     exact = Inputs(*(x.detach().double().requires_grad_() for x in vars(inputs).values()))

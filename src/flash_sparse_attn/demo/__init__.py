@@ -35,27 +35,33 @@ def run(arguments: argparse.Namespace) -> int:
     """Answer the four questions, print them, write ``demo.png`` and ``demo.json``."""
     begin = time.perf_counter()
     device = info.default_device() if arguments.device is None else torch.device(arguments.device)
-    facts = {"hardware": info.hardware(device), "versions": info.versions(), "commit": info.commit()}
+    facts = {
+        "hardware": info.hardware(device),
+        "versions": info.versions(),
+        "commit": info.commit(),
+    }
     print(_heading(facts))
-    if arguments.quick:
+    quick = arguments.quick
+    if quick:
         print("\n  --quick: tiny sizes that show that it runs. The answers below mean nothing.")
 
     results: dict[str, dict[str, Any]] = {}
     _ask("a", "Does it learn what a window cannot? Associative recall in noise")
-    results["a"] = recall.run(recall.QUICK if arguments.quick else recall.RecallSettings(), device)
+    results["a"] = recall.run(recall.QUICK if quick else recall.RecallSettings(), device)
     print(recall.describe(results["a"]))
 
     _ask("b", "What does it cost? Time and memory against PyTorch's attention")
-    results["b"] = cost.run(cost.QUICK if arguments.quick else cost.CostSettings(), device)
+    results["b"] = cost.run(cost.QUICK if quick else cost.CostSettings(), device)
     print(cost.describe(results["b"]))
 
     _ask("c", "Does it work on real text? A byte-level model of Python's own source code")
-    results["c"] = text.run(text.QUICK if arguments.quick else text.TextSettings(), device)
+    results["c"] = text.run(text.QUICK if quick else text.TextSettings(), device)
     print(text.describe(results["c"]))
 
     _ask("d", "Is decoding exact and flat? Generation with a cache of constant size")
-    settings = decode.QUICK if arguments.quick else decode.DecodeSettings()
-    results["d"] = decode.run(settings, results["c"].pop("model"), results["c"]["corpus"].held_out, device)
+    settings = decode.QUICK if quick else decode.DecodeSettings()
+    model, held_out = results["c"].pop("model"), results["c"]["corpus"].held_out
+    results["d"] = decode.run(settings, model, held_out, device)
     print(decode.describe(results["d"]))
 
     print()
@@ -65,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _heading(facts: dict[str, Any]) -> str:
-    lines = ["flash_sparse_attn: every query reads only the W best keys of its past, and learns which"]
+    lines = ["flash_sparse_attn: every query reads the W best keys of its past, and learns which"]
     for part in ("hardware", "versions"):
         lines.append("  " + ", ".join(f"{name} {value}" for name, value in facts[part].items()))
     return "\n".join(lines)

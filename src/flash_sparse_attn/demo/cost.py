@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..bench.cases import Case
-from ..bench.console import Progress, format_bytes, format_seconds, table
+from ..bench.console import Progress, format_bytes, format_seconds, paragraph, table
 from ..bench.measure import measure_isolated
 from ..bench.providers import verify
 
@@ -26,7 +26,7 @@ class CostSettings:
     Attributes:
         lengths: Of the sequence.
         window: Keys that a query sees.
-        masked_up_to: Longest sequence for SDPA with a stored mask, whose memory grows with its square.
+        masked_up_to: Longest sequence for SDPA with a stored mask: memory grows as its square.
         budget_seconds: No new repetition is started after this time.
     """
 
@@ -82,47 +82,41 @@ def describe(results: dict[str, Any]) -> str:
     settings: CostSettings = results["settings"]
     case: Case = results["case"]
     measured, errors = results["measured"], results["errors"]
-    rows = [_row(length, measured) for length in settings.lengths]
     shortest, longest = settings.lengths[0], settings.lengths[-1]
     ours, dense = measured["ours"], measured["sdpa-causal"]
-    faster_from = next((n for n in settings.lengths if _seconds(ours[n]) < _seconds(dense[n])), None)
+    header = ["length", *COLUMNS.values(), "dense / ours", "memory ours", "dense", "N x N mask"]
+    worst = ", ".join(f"{COLUMNS[name]} {error:.0e}" for name, error in errors.items())
     lines = [
-        f"  Forward and backward pass with all gradients: batch {case.batch}, {case.heads} query heads, "
-        f"{case.kv_heads} KV heads of {case.head_dim},",
-        f"  {case.dtype}, {case.window} keys for every query, random scores; medians. Ours includes the selection.",
-        "  Dense causal SDPA reads all keys and has no learned bias: the usual, different function.",
-        "  SDPA with a stored N x N mask and bias computes the same function as ours (mask building included).",
-        "",
-        table(
-            [
-                "length",
-                *(COLUMNS[name] for name in COLUMNS),
-                "dense / ours",
-                "memory ours",
-                "dense",
-                "N x N mask",
-            ],
-            rows,
+        paragraph(
+            f"Forward and backward pass with all gradients: batch {case.batch}, {case.heads} query",
+            f"heads, {case.kv_heads} KV heads of {case.head_dim}, {case.dtype}, random scores, "
+            f"{case.window} keys for every query, selection included; medians. Dense causal SDPA reads",
+            "all keys and has no learned bias: a different function, the usual one. SDPA with a stored",
+            "N x N mask and bias computes the same function as ours (mask building included).",
         ),
         "",
-        "  Peak memory is above the inputs. Largest error of output and gradients against fp64: "
-        + ", ".join(f"{COLUMNS[name]} {error:.0e}" for name, error in errors.items())
-        + ".",
+        table(header, [_row(length, measured) for length in settings.lengths]),
+        "",
+        paragraph(
+            "Each in a process of its own; memory is the peak above the inputs. Largest error of output",
+            f"and gradients against fp64: {worst}.",
+        ),
         "",
     ]
     ratio = _seconds(dense[longest]) / _seconds(ours[longest])
-    answer = f"  Answer: at length {longest} the dynamic mask takes 1/{ratio:.1f} of the time of dense causal SDPA"
-    if ratio < 1:
-        answer = f"  Answer: at length {longest} the dynamic mask is {1 / ratio:.1f} times SLOWER than dense causal SDPA"
+    if ratio >= 1:
+        first = next(n for n in settings.lengths if _seconds(ours[n]) < _seconds(dense[n]))
+        verdict = f"{ratio:.1f} times faster than dense causal SDPA, and faster from {first} on."
+    else:
+        verdict = f"{1 / ratio:.1f} times SLOWER than dense causal SDPA."
+    growth = [_seconds(x[longest]) / _seconds(x[shortest]) for x in (ours, dense)]
     lines.append(
-        answer + (f"; it is faster from length {faster_from} on." if faster_from and ratio >= 1 else ".")
-    )
-    if longest > shortest:
-        growth = [_seconds(x[longest]) / _seconds(x[shortest]) for x in (ours, dense)]
-        lines.append(
-            f"  From {shortest} to {longest} tokens ({longest // shortest} times) its time grows "
-            f"{growth[0]:.0f} times, that of dense attention {growth[1]:.0f} times."
+        paragraph(
+            f"Answer: at length {longest} the dynamic mask is {verdict}",
+            f"From {shortest} to {longest} tokens, {longest // shortest} times as many, its time grows",
+            f"{growth[0]:.1f} times, that of dense attention {growth[1]:.1f} times.",
         )
+    )
     return "\n".join(lines)
 
 

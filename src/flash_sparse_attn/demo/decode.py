@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..bench.console import Progress, format_bytes, format_seconds, table
+from ..bench.console import Progress, format_seconds, paragraph, table
 from ..window_cache import WindowCache
 from .model import SmallModel
 
@@ -103,12 +103,12 @@ def _time_steps(
         seconds.append(time.perf_counter() - begin)
         bar.update(f"context {context}")
     config = model.config
-    all_keys = 2 * config.layers * config.kv_heads * config.head_dim * context * caches[0].key.itemsize
+    key_bytes = config.layers * config.kv_heads * config.head_dim * caches[0].key.itemsize
     return {
         "context": context,
         "seconds": statistics.median(seconds),
         "cache_bytes": _bytes(caches),
-        "full_cache_bytes": all_keys,
+        "full_cache_bytes": 2 * key_bytes * context,
     }
 
 
@@ -128,32 +128,46 @@ def describe(results: dict[str, Any]) -> str:
             str(step["context"]),
             format_seconds(step["seconds"]),
             f"{step['cache_bytes']:,}",
-            format_bytes(step["cache_bytes"]),
-            format_bytes(step["full_cache_bytes"]),
+            f"{step['full_cache_bytes']:,}",
         ]
         for step in steps
     ]
-    growth = steps[-1]["seconds"] / steps[0]["seconds"]
-    longer = steps[-1]["context"] / steps[0]["context"]
-    sample = bytes(results["tokens"][settings.prompt - 40 :]).decode("latin-1")
+    comparison = [
+        ["largest difference of a logit", f"{results['difference']:.1e}"],
+        ["error of the cache's logits against fp64", f"{results['error']:.1e}"],
+        ["error of the whole pass's logits against fp64", f"{results['plain_error']:.1e}"],
+        ["allowed for the cache: twice that + 1e-5", f"{allowed:.1e}"],
+        ["largest logit", f"{results['scale']:.1f}"],
+        ["same next byte chosen", f"{results['same_choice']:.0%}"],
+    ]
+    time_growth = steps[-1]["seconds"] / steps[0]["seconds"]
+    context_growth = steps[-1]["context"] / steps[0]["context"]
+    prompt, own = (
+        bytes(results["tokens"])[: settings.prompt],
+        bytes(results["tokens"])[settings.prompt :],
+    )
+    same = "has the same size at every step and length" if constant else "CHANGES ITS SIZE"
     return "\n".join(
         [
-            f"  The dynamic mask model of question c reads {settings.prompt} bytes of held-out text and writes "
-            f"{settings.generated}, one by one, fp32.",
-            "  Every step is compared with a new pass over the whole text so far.",
+            paragraph(
+                f"The dynamic mask model of question c reads {settings.prompt} bytes of held-out text and",
+                f"writes {settings.generated}, one by one, in fp32. Every step is compared with one pass",
+                "over the whole text, without a cache.",
+            ),
             "",
-            f"  largest difference of a logit     {results['difference']:.1e}   (logits reach {results['scale']:.1f})",
-            f"  error against fp64, cache         {results['error']:.1e}   (allowed: twice the pass's error + 1e-5)",
-            f"  error against fp64, whole pass    {results['plain_error']:.1e}",
-            f"  same next byte                    {results['same_choice']:.0%} of {settings.generated}",
+            table(["generation with the cache and the whole pass", "measured"], comparison),
             "",
-            table(["context", "time per token", "cache bytes", "cache", "all keys and values"], rows),
+            table(
+                ["context", "time per token", "cache, bytes", "all keys and values, bytes"], rows
+            ),
             "",
-            f"  It wrote (40 bytes of prompt, a bar, its own): {sample[:40]!r} | {sample[40:100]!r}",
+            f"  prompt, its end  {prompt[-60:].decode('latin-1')!r}",
+            f"  it wrote         {own[:60].decode('latin-1')!r}",
             "",
-            f"  Answer: decoding is {'exact' if exact else 'NOT EXACT'}: it differs from full recomputation "
-            f"by {'no more than rounding' if exact else 'more than rounding allows'}.",
-            f"  The cache {'is the same size at every step and length' if constant else 'CHANGES ITS SIZE'}; "
-            f"with {longer:.0f} times the context a token takes {growth:.2f} times the time.",
+            paragraph(
+                f"Answer: decoding is {'exact up to rounding' if exact else 'NOT EXACT'}. The cache {same};",
+                f"with {context_growth:.0f} times the context a token takes {time_growth:.2f} times the",
+                "time.",
+            ),
         ]
     )

@@ -43,12 +43,15 @@ def _recall(axis: Any, recall: dict[str, Any]) -> None:
     for offset, field, hatch in ((-0.2, "accuracy", None), (0.2, "far_accuracy", "//")):
         heights = [100 * models[kind][field] for kind in KINDS]
         places = [index + offset for index in range(len(KINDS))]
-        bars = axis.bar(places, heights, 0.38, color=list(_COLOURS.values()), hatch=hatch, alpha=0.9)
+        colours = list(_COLOURS.values())
+        bars = axis.bar(places, heights, 0.38, color=colours, hatch=hatch, alpha=0.9)
         axis.bar_label(bars, fmt="%.0f", fontsize=8)
     axis.set_xticks(range(len(KINDS)), KINDS.values())
     axis.set_ylim(0, 110)
     axis.set_ylabel("right answers, %")
-    axis.set_title("a. recall of 8 pairs in noise\n(hatched: pairs out of the windows' reach)", fontsize=10)
+    axis.set_title(
+        "a. recall of 8 pairs in noise\n(hatched: out of the windows' reach)", fontsize=10
+    )
 
 
 def _kept(axis: Any, recall: dict[str, Any]) -> None:
@@ -65,7 +68,8 @@ def _kept(axis: Any, recall: dict[str, Any]) -> None:
     axis.set_yticks(range(len(mask)), names, fontsize=8)
     axis.invert_yaxis()
     axis.set_xlabel("position in the text")
-    axis.set_title("a. tokens kept for the last query\n(yellow: pairs, red: kept pairs, grey: kept noise)", fontsize=10)
+    title = "a. tokens kept for the last query\n(yellow: pairs, red: kept pairs, grey: kept noise)"
+    axis.set_title(title, fontsize=10)
 
 
 def _time(axis: Any, results: dict[str, Any]) -> None:
@@ -75,13 +79,16 @@ def _time(axis: Any, results: dict[str, Any]) -> None:
     axis.set_xlabel("length")
     axis.set_ylabel("forward + backward, s")
     axis.legend(fontsize=8)
-    axis.set_title(f"b. time, {results['settings'].window} keys kept, selection included", fontsize=10)
+    axis.set_title(
+        f"b. time, {results['settings'].window} keys kept, selection included", fontsize=10
+    )
 
 
 def _memory(axis: Any, results: dict[str, Any]) -> None:
     for name, measured in results["measured"].items():
         peaks = {n: one["peak_bytes"] / 2**20 for n, one in measured.items() if one["peak_bytes"]}
-        axis.loglog(list(peaks), list(peaks.values()), "o-", color=_METHODS[name], label=cost.COLUMNS[name])
+        label = cost.COLUMNS[name]
+        axis.loglog(list(peaks), list(peaks.values()), "o-", color=_METHODS[name], label=label)
     axis.set_xlabel("length")
     axis.set_ylabel("peak memory above the inputs, MiB")
     axis.set_title("b. memory", fontsize=10)
@@ -98,7 +105,8 @@ def _learning(axis: Any, results: dict[str, Any], title: str) -> None:
 
 def _token_time(axis: Any, results: dict[str, Any]) -> None:
     contexts = [step["context"] for step in results["steps"]]
-    axis.semilogx(contexts, [1e3 * step["seconds"] for step in results["steps"]], "o-", color="#2e7d6b")
+    milliseconds = [1e3 * step["seconds"] for step in results["steps"]]
+    axis.semilogx(contexts, milliseconds, "o-", color="#2e7d6b")
     axis.set_ylim(bottom=0)
     axis.set_xlabel("context")
     axis.set_ylabel("time per token, ms")

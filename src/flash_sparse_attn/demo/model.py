@@ -68,12 +68,13 @@ class PlainAttention(nn.Module):
         position = torch.arange(hidden.shape[1], device=hidden.device)
         query, key = (_rotate(x, position).to(value.dtype) for x in (query, key))
         grouped = query.shape[1] != key.shape[1]
-        if self.window is None:
-            out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
-        else:
+        near = None
+        if self.window is not None:
             age = position[:, None] - position
             near = (age >= 0) & (age < self.window)
-            out = F.scaled_dot_product_attention(query, key, value, attn_mask=near, enable_gqa=grouped)
+        out = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=near, is_causal=near is None, enable_gqa=grouped
+        )
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -90,10 +91,7 @@ class SmallModel(nn.Module):
         self.config, self.kind = config, kind
         self.embedding = nn.Embedding(config.tokens, config.width)
         nn.init.normal_(self.embedding.weight, std=0.5)
-        self.attention_norms = _norms(config)
-        self.attentions = nn.ModuleList(_attention(config, kind) for _ in range(config.layers))
-        self.feed_forward_norms = _norms(config)
-        self.feed_forwards = nn.ModuleList(_feed_forward(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(_block(config, kind) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.width)
         self.read_out = nn.Linear(config.width, config.classes, bias=False)
 
@@ -109,15 +107,19 @@ class SmallModel(nn.Module):
                 kind ``"dynamic"``.
         """
         hidden = self.embedding(tokens)
-        for index, (norm, attention) in enumerate(zip(self.attention_norms, self.attentions, strict=True)):
+        for index, block in enumerate(self.blocks):
             cache = {} if caches is None else {"cache": caches[index]}
-            hidden = hidden + attention(norm(hidden), **cache)
+            hidden = hidden + block["attention"](block["attention_norm"](hidden), **cache)
             if self.config.feed_forward:
-                norm, layer = self.feed_forward_norms[index], self.feed_forwards[index]
-                hidden = hidden + layer(norm(hidden))
+                hidden = hidden + block["feed_forward"](block["feed_forward_norm"](hidden))
         if last is not None:
             hidden = hidden[:, -last:]
         return self.read_out(self.norm(hidden))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.embedding.weight.device
 
     def make_caches(self, batch: int) -> list[WindowCache]:
         """Empty decoding states of all layers."""
@@ -125,7 +127,8 @@ class SmallModel(nn.Module):
 
     def dynamic_layers(self) -> Iterator[DynamicMaskAttention]:
         """The attention layers of a model of the kind ``"dynamic"``."""
-        for attention in self.attentions:
+        for block in self.blocks:
+            attention = block["attention"]
             if not isinstance(attention, DynamicMaskAttention):
                 raise TypeError(f"kind: expected a 'dynamic' model, got {self.kind!r}")
             yield attention
@@ -154,7 +157,9 @@ def train(
     Returns:
         The loss of every step.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), learning_rate, betas=(0.9, 0.95), weight_decay=0.0
+    )
     warm_up = max(1, steps // 10)
 
     def factor(step: int) -> float:
@@ -179,6 +184,17 @@ def precision(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
+def _block(config: ModelConfig, kind: str) -> nn.ModuleDict:
+    parts = {"attention_norm": nn.RMSNorm(config.width), "attention": _attention(config, kind)}
+    if config.feed_forward:
+        width, inner = config.width, config.feed_forward * config.width
+        parts["feed_forward_norm"] = nn.RMSNorm(width)
+        parts["feed_forward"] = nn.Sequential(
+            nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width)
+        )
+    return nn.ModuleDict(parts)
+
+
 def _attention(config: ModelConfig, kind: str) -> nn.Module:
     if kind == "dynamic":
         return DynamicMaskAttention(
@@ -190,17 +206,6 @@ def _attention(config: ModelConfig, kind: str) -> nn.Module:
             rope_theta=ROPE_THETA,
         )
     return PlainAttention(config, config.window if kind == "window" else None)
-
-
-def _feed_forward(config: ModelConfig) -> nn.Module:
-    if not config.feed_forward:
-        return nn.Identity()
-    inner = config.feed_forward * config.width
-    return nn.Sequential(nn.Linear(config.width, inner), nn.GELU(), nn.Linear(inner, config.width))
-
-
-def _norms(config: ModelConfig) -> nn.ModuleList:
-    return nn.ModuleList(nn.RMSNorm(config.width) for _ in range(config.layers))
 
 
 def _rotate(x: Tensor, position: Tensor) -> Tensor:

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..bench.console import Progress, table
+from ..bench.console import Progress, paragraph, table
 from ..selection import select_keys
 from .model import KINDS, ModelConfig, SmallModel, precision, train
 
 PAIRS, SYMBOLS, NOISE = 8, 16, 64
+
+
+CONFIG = ModelConfig(
+    tokens=2 * SYMBOLS + NOISE,
+    classes=SYMBOLS,
+    width=64,
+    layers=2,
+    heads=2,
+    kv_heads=2,
+    head_dim=32,
+    window=64,
+)
 
 
 @dataclass(frozen=True)
@@ -30,25 +43,29 @@ class RecallSettings:
     """
 
     seed: int = 0
-    stages: tuple[tuple[int, int, int], ...] = ((100, 64, 64), (50, 128, 32), (50, 256, 24), (120, 512, 16))
+    stages: tuple[tuple[int, int, int], ...] = (
+        (100, 64, 64),
+        (50, 128, 32),
+        (50, 256, 24),
+        (120, 512, 16),
+    )
     questions: int = 16
     learning_rate: float = 1e-2
     test_sequences: int = 256
-    config: ModelConfig = ModelConfig(
-        tokens=2 * SYMBOLS + NOISE,
-        classes=SYMBOLS,
-        width=64,
-        layers=2,
-        heads=2,
-        kv_heads=2,
-        head_dim=32,
-        window=64,
-    )
+    config: ModelConfig = CONFIG
 
     @property
     def steps(self) -> int:
         """Training steps of one model."""
         return sum(steps for steps, _, _ in self.stages)
+
+    def size_at(self, step: int) -> tuple[int, int]:
+        """Length and batch of a training step."""
+        for steps, length, batch in self.stages:
+            if step < steps:
+                return length, batch
+            step -= steps
+        raise IndexError(f"step: expected less than {self.steps}")
 
     @property
     def length(self) -> int:
@@ -72,64 +89,76 @@ def make_sequences(
     tokens = torch.randint(2 * SYMBOLS, 2 * SYMBOLS + NOISE, (batch, length), generator=generator)
     keys = torch.rand(batch, SYMBOLS, generator=generator).argsort(-1)[:, :PAIRS]
     values = torch.randint(SYMBOLS, (batch, PAIRS), generator=generator)
-    places = 2 * torch.rand(batch, (length - questions) // 2, generator=generator).argsort(-1)[:, :PAIRS]
+    places = torch.rand(batch, (length - questions) // 2, generator=generator).argsort(-1)
+    places = 2 * places[:, :PAIRS]
     tokens.scatter_(1, places, keys).scatter_(1, places + 1, values + SYMBOLS)
-    rounds = [torch.rand(batch, PAIRS, generator=generator).argsort(-1) for _ in range(-(-questions // PAIRS))]
-    asked = torch.cat(rounds, dim=-1)[:, :questions]
+    rounds = -(-questions // PAIRS)
+    asked = torch.rand(batch, rounds, PAIRS, generator=generator).argsort(-1)
+    asked = asked.flatten(1)[:, :questions]
     tokens[:, length - questions :] = keys.gather(1, asked)
     return tokens, values.gather(1, asked), places.gather(1, asked)
 
 
 def run(settings: RecallSettings, device: torch.device) -> dict[str, Any]:
     """Train the three models and test them; see `describe` for what is printed."""
-    results: dict[str, Any] = {"models": {}}
+    results: dict[str, Any] = {"settings": settings, "models": {}}
     for kind, name in KINDS.items():
         torch.manual_seed(settings.seed)
         model = SmallModel(settings.config, kind).to(device)
         generator = torch.Generator().manual_seed(settings.seed)
-        plan = [(length, batch) for steps, length, batch in settings.stages for _ in range(steps)]
-
-        def loss(step: int, model=model, plan=plan, generator=generator) -> Tensor:
-            length, batch = plan[step]
-            tokens, values, _ = make_sequences(batch, length, settings.questions, generator)
-            with precision(device):
-                logits = model(tokens.to(device), last=settings.questions)
-            return F.cross_entropy(logits.float().flatten(0, 1), values.to(device).flatten())
-
         with Progress(f"train {name}", settings.steps) as bar:
-            losses = train(model, loss, settings.steps, settings.learning_rate, bar)
+            losses = train(
+                model,
+                partial(_training_loss, model, settings, generator),
+                settings.steps,
+                settings.learning_rate,
+                bar,
+            )
         results["models"][kind] = {
             "parameters": model.parameters_count(),
             "losses": losses,
-            **_test(model, settings, device),
+            **_test(model, settings),
         }
         if kind == "dynamic":
-            results["kept"] = _kept(model, settings, device)
-    results["settings"] = settings
+            results["kept"] = _kept(model, settings)
     return results
 
 
+def _training_loss(
+    model: SmallModel, settings: RecallSettings, generator: torch.Generator, step: int
+) -> Tensor:
+    length, batch = settings.size_at(step)
+    tokens, values, _ = make_sequences(batch, length, settings.questions, generator)
+    with precision(model.device):
+        logits = model(tokens.to(model.device), last=settings.questions)
+    return F.cross_entropy(logits.float().flatten(0, 1), values.to(model.device).flatten())
+
+
 @torch.no_grad()
-def _test(model: SmallModel, settings: RecallSettings, device: torch.device) -> dict[str, float]:
+def _test(model: SmallModel, settings: RecallSettings) -> dict[str, float]:
     """Accuracy over all questions, and over those whose pair two stacked windows cannot reach."""
     generator = torch.Generator().manual_seed(settings.seed + 1_000_000)
     reach = settings.config.layers * settings.config.window
     right = far_right = far = total = 0
     for _ in range(-(-settings.test_sequences // 16)):
         tokens, values, places = make_sequences(16, settings.length, PAIRS, generator)
-        with precision(device):
-            logits = model(tokens.to(device), last=PAIRS)
+        with precision(model.device):
+            logits = model(tokens.to(model.device), last=PAIRS)
         correct = logits.argmax(-1).cpu() == values
         is_far = settings.length - PAIRS - places > reach
         right += int(correct.sum())
         far_right += int((correct & is_far).sum())
         far += int(is_far.sum())
         total += correct.numel()
-    return {"accuracy": right / total, "far_accuracy": far_right / max(far, 1), "far_share": far / total}
+    return {
+        "accuracy": right / total,
+        "far_accuracy": far_right / max(far, 1),
+        "far_share": far / total,
+    }
 
 
 @torch.no_grad()
-def _kept(model: SmallModel, settings: RecallSettings, device: torch.device) -> dict[str, Any]:
+def _kept(model: SmallModel, settings: RecallSettings) -> dict[str, Any]:
     """What the last query of one test sequence sees in every layer and KV head."""
     generator = torch.Generator().manual_seed(settings.seed + 2_000_000)
     tokens, _, _ = make_sequences(1, settings.length, PAIRS, generator)
@@ -138,13 +167,13 @@ def _kept(model: SmallModel, settings: RecallSettings, device: torch.device) -> 
         layer.register_forward_pre_hook(lambda layer, args: scores.append(layer.scores(args[0])))
         for layer in model.dynamic_layers()
     ]
-    model(tokens.to(device), last=1)
+    model(tokens.to(model.device), last=1)
     for hook in hooks:
         hook.remove()
-    masks = [select_keys(score, settings.config.window).to_dense(1)[0, :, 0].cpu() for score in scores]
-    context = settings.length - PAIRS
+    window, context = settings.config.window, settings.length - PAIRS
+    masks = [select_keys(score, window).to_dense(1)[0, :, 0] for score in scores]
     return {
-        "mask": torch.cat(masks)[:, :context],
+        "mask": torch.cat(masks)[:, :context].cpu(),
         "is_pair": tokens[0, :context] < 2 * SYMBOLS,
         "kv_heads": settings.config.kv_heads,
     }
@@ -154,11 +183,13 @@ def describe(results: dict[str, Any]) -> str:
     """The answer in words and tables."""
     settings: RecallSettings = results["settings"]
     config, models, kept = settings.config, results["models"], results["kept"]
-    stages = ", ".join(f"{steps} steps at length {length} x {batch}" for steps, length, batch in settings.stages)
-    chance, far_share = 1 / SYMBOLS, models["full"]["far_share"]
+    stages = ", ".join(
+        f"{steps} at length {length} in batches of {batch}"
+        for steps, length, batch in settings.stages
+    )
     rows = [
         [
-            KINDS[kind] + ("" if kind == "full" else f" {config.window}"),
+            KINDS[kind],
             f"{model['parameters']:,}",
             f"{model['losses'][-1]:.3f}",
             f"{model['accuracy']:.1%}",
@@ -166,8 +197,43 @@ def describe(results: dict[str, Any]) -> str:
         ]
         for kind, model in models.items()
     ]
+    full, window, dynamic = (models[kind]["accuracy"] for kind in KINDS)
+    far_window, far_dynamic = (models[kind]["far_accuracy"] for kind in ("window", "dynamic"))
+    shown = dynamic > window + 0.2 and far_dynamic > far_window + 0.2
+    return "\n".join(
+        [
+            paragraph(
+                f"Task: {PAIRS} key-value pairs hidden in {settings.length} tokens of noise; at the end",
+                f"every key is asked for its value ({SYMBOLS} values: guessing is right in",
+                f"{1 / SYMBOLS:.1%}). Far pairs ({models['full']['far_share']:.0%} of the questions) are",
+                f"more than {config.layers} x {config.window} tokens back, out of reach for stacked",
+                "windows.",
+            ),
+            paragraph(
+                f"Model: {config.layers} layers of attention, width {config.width}, {config.heads} heads",
+                f"of {config.head_dim}, no feed-forward part. Window and dynamic mask read",
+                f"{config.window} keys for every query. Training, the same for all: {settings.steps}",
+                f"steps: {stages}; AdamW, rate {settings.learning_rate:g}, seed {settings.seed}. Test:",
+                f"{settings.test_sequences} new sequences of length {settings.length}.",
+            ),
+            "",
+            table(["attention", "parameters", "last loss", "right", "right, far pairs"], rows),
+            "",
+            f"  Kept by the dynamic mask for the last query, {config.window} keys in every head:",
+            table(["", "pair tokens", "noise tokens"], _kept_rows(kept)),
+            "",
+            paragraph(
+                f"Answer: {'yes' if shown else 'NOT SHOWN'}. The dynamic mask is right in",
+                f"{dynamic:.1%}, the sliding window, which reads as many keys, in {window:.1%}, full",
+                f"attention, which reads up to {settings.length} keys, in {full:.1%}.",
+            ),
+        ]
+    )
+
+
+def _kept_rows(kept: dict[str, Any]) -> list[list[str]]:
     mask, is_pair = kept["mask"], kept["is_pair"]
-    kept_rows = [
+    return [
         [
             f"layer {index // kept['kv_heads'] + 1}, KV head {index % kept['kv_heads'] + 1}",
             f"{int((row & is_pair).sum())} of {int(is_pair.sum())}",
@@ -175,27 +241,3 @@ def describe(results: dict[str, Any]) -> str:
         ]
         for index, row in enumerate(mask)
     ]
-    full, window, dynamic = (models[kind]["accuracy"] for kind in KINDS)
-    far_window, far_dynamic = (models[kind]["far_accuracy"] for kind in ("window", "dynamic"))
-    return "\n".join(
-        [
-            f"  Task: {PAIRS} key-value pairs hidden in {settings.length} tokens of noise; at the end every key is",
-            f"  asked for its value ({SYMBOLS} values, guessing is right in {chance:.1%}).",
-            f"  Model: {config.layers} layers of attention, width {config.width}, {config.heads} heads of "
-            f"{config.head_dim}, no feed-forward part.",
-            f"  Training, the same for all: {stages}; AdamW, rate {settings.learning_rate:g}, seed {settings.seed}.",
-            f"  Test: {settings.test_sequences} new sequences of length {settings.length}.",
-            "",
-            table(["attention", "parameters", "last loss", "right", "right, far pairs"], rows),
-            "",
-            f"  Far pairs ({far_share:.0%} of the questions) are more than {config.layers} x {config.window} tokens back: "
-            "out of reach for stacked windows.",
-            "",
-            f"  What the dynamic mask keeps for the last query ({config.window} keys in every head):",
-            table(["head", "pair tokens kept", "noise tokens kept"], kept_rows),
-            "",
-            f"  Answer: {'yes' if dynamic > window + 0.2 and far_dynamic > far_window + 0.2 else 'NOT SHOWN'}. "
-            f"With the same {config.window} keys for every query the dynamic mask answers {dynamic:.1%},",
-            f"  the sliding window {window:.1%}; full attention, which reads up to {settings.length} keys, {full:.1%}.",
-        ]
-    )

@@ -6,6 +6,7 @@ import hashlib
 import math
 import sysconfig
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..bench.console import Progress, table
+from ..bench.console import Progress, paragraph, table
 from .model import KINDS, ModelConfig, SmallModel, precision, train
+
+
+CONFIG = ModelConfig(
+    tokens=256,
+    classes=256,
+    width=128,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=32,
+    window=64,
+    feed_forward=2,
+)
 
 
 @dataclass(frozen=True)
@@ -35,17 +49,7 @@ class TextSettings:
     length: int = 512
     learning_rate: float = 5e-3
     test_sequences: int = 64
-    config: ModelConfig = ModelConfig(
-        tokens=256,
-        classes=256,
-        width=128,
-        layers=2,
-        heads=4,
-        kv_heads=2,
-        head_dim=32,
-        window=64,
-        feed_forward=2,
-    )
+    config: ModelConfig = CONFIG
 
 
 QUICK = TextSettings(steps=4, batch=2, length=128, test_sequences=4)
@@ -69,15 +73,18 @@ def read_corpus() -> Corpus:
     """
     folder = Path(sysconfig.get_paths()["stdlib"])
     # Generated at installation: differs from machine to machine.
-    names = [path for path in sorted(folder.glob("*.py")) if not path.name.startswith("_sysconfigdata")]
-    contents = [path.read_bytes() for path in names]
+    paths = [path for path in sorted(folder.glob("*.py")) if "sysconfigdata" not in path.name]
+    contents = [path.read_bytes() for path in paths]
     held_out = b"".join(contents[9::10])
     kept = b"".join(content for index, content in enumerate(contents) if index % 10 != 9)
     if len(held_out) < 50_000:
         raise RuntimeError(f"the standard library in {folder} has no sources to train on")
     digest = hashlib.sha256(kept + held_out).hexdigest()
-    tensors = (torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in (kept, held_out))
-    return Corpus(*tensors, len(contents), digest)
+    return Corpus(_bytes(kept), _bytes(held_out), len(contents), digest)
+
+
+def _bytes(content: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
 def run(settings: TextSettings, device: torch.device) -> dict[str, Any]:
@@ -89,18 +96,18 @@ def run(settings: TextSettings, device: torch.device) -> dict[str, Any]:
         model = SmallModel(settings.config, kind).to(device)
         generator = torch.Generator().manual_seed(settings.seed)
 
-        def loss(_: int, model=model, generator=generator) -> Tensor:
-            places = torch.randint(
-                len(corpus.train) - settings.length, (settings.batch,), generator=generator
-            )
-            return _loss(model, corpus.train, places, settings.length, device)
-
         with Progress(f"train {name}", settings.steps) as bar:
-            losses = train(model, loss, settings.steps, settings.learning_rate, bar)
+            losses = train(
+                model,
+                partial(_training_loss, model, corpus.train, settings, generator),
+                settings.steps,
+                settings.learning_rate,
+                bar,
+            )
         results["models"][kind] = {
             "parameters": model.parameters_count(),
             "losses": losses,
-            "held_out": _held_out_loss(model, corpus, settings, device),
+            "held_out": _held_out_loss(model, corpus.held_out, settings),
         }
         if kind == "dynamic":
             results["model"] = model
@@ -112,40 +119,55 @@ def describe(results: dict[str, Any]) -> str:
     settings: TextSettings = results["settings"]
     corpus: Corpus = results["corpus"]
     config, models = settings.config, results["models"]
-    rows = [["(byte frequencies alone)", "-", "-", *_loss_cells(_frequency_loss(corpus))]]
+    rows = [["byte frequencies alone", "-", "-", *_loss_cells(_frequency_loss(corpus))]]
     for kind, model in models.items():
         last = sum(model["losses"][-10:]) / len(model["losses"][-10:])
-        name = KINDS[kind] + ("" if kind == "full" else f" {config.window}")
-        rows.append([name, f"{model['parameters']:,}", f"{last:.3f}", *_loss_cells(model["held_out"])])
+        row = [KINDS[kind], f"{model['parameters']:,}", f"{last:.3f}"]
+        rows.append([*row, *_loss_cells(model["held_out"])])
+    header = ["attention", "parameters", "training loss", "held-out loss", "bits per byte"]
+    size = (len(corpus.train) + len(corpus.held_out)) / 1e6
     full, window, dynamic = (models[kind]["held_out"] for kind in KINDS)
-    difference = dynamic - full
     return "\n".join(
         [
-            f"  Text: {corpus.files} source files of this Python's standard library, "
-            f"{(len(corpus.train) + len(corpus.held_out)) / 1e6:.1f} MB, every tenth file held out;",
-            f"  sha256 {corpus.digest}.",
-            f"  Model: {config.layers} layers, width {config.width}, {config.heads} heads of {config.head_dim}, "
-            f"{config.kv_heads} KV heads.",
-            f"  Training, the same for all: {settings.steps} steps of {settings.batch} x {settings.length} bytes; "
-            f"AdamW, rate {settings.learning_rate:g}, seed {settings.seed}.",
+            paragraph(
+                f"Text: {corpus.files} source files of this Python's standard library, {size:.1f} MB,",
+                f"every tenth file held out; sha256 {corpus.digest}.",
+            ),
+            paragraph(
+                f"Model: {config.layers} layers, width {config.width}, {config.heads} heads of",
+                f"{config.head_dim}, {config.kv_heads} KV heads; sliding window and dynamic mask read",
+                f"{config.window} bytes. Training, the same for all: {settings.steps} steps of",
+                f"{settings.batch} x {settings.length} bytes, AdamW, rate {settings.learning_rate:g},",
+                f"seed {settings.seed}. Losses in nats per byte; held out:",
+                f"{settings.test_sequences} x {settings.length} bytes.",
+            ),
             "",
-            table(["attention", "parameters", "training loss", "held-out loss", "bits per byte"], rows),
+            table(header, rows),
             "",
-            f"  Losses in nats per byte. Held out: {settings.test_sequences} x {settings.length} bytes, full windows included.",
-            "",
-            f"  Answer: the dynamic mask reads {config.window} of up to {settings.length} bytes and its held-out loss is "
-            f"{abs(difference):.3f} nats",
-            f"  {'above' if difference > 0 else 'below'} that of full attention and {abs(dynamic - window):.3f} "
-            f"{'above' if dynamic > window else 'below'} that of the sliding window. A brief training: it shows that",
-            "  the mask trains on real text, not how large models compare.",
+            paragraph(
+                f"Answer: reading {config.window} of up to {settings.length} bytes, the dynamic mask's",
+                f"held-out loss is {_compare(dynamic, full)} that of full attention and",
+                f"{_compare(dynamic, window)} that of the sliding window. The training is brief: this",
+                "shows that the mask trains on real text, not how large models compare.",
+            ),
         ]
     )
 
 
-def _loss(
-    model: SmallModel, text: Tensor, places: Tensor, length: int, device: torch.device
+def _compare(loss: float, other: float) -> str:
+    return f"{abs(loss - other):.3f} {'above' if loss > other else 'below'}"
+
+
+def _training_loss(
+    model: SmallModel, text: Tensor, settings: TextSettings, generator: torch.Generator, _: int
 ) -> Tensor:
+    places = torch.randint(len(text) - settings.length, (settings.batch,), generator=generator)
+    return _loss(model, text, places, settings.length)
+
+
+def _loss(model: SmallModel, text: Tensor, places: Tensor, length: int) -> Tensor:
     """Mean nats per byte for predicting each next byte of the sequences that begin at `places`."""
+    device = model.device
     sequences = text[places[:, None] + torch.arange(length + 1)].long().to(device)
     with precision(device):
         logits = model(sequences[:, :-1])
@@ -153,14 +175,10 @@ def _loss(
 
 
 @torch.no_grad()
-def _held_out_loss(
-    model: SmallModel, corpus: Corpus, settings: TextSettings, device: torch.device
-) -> float:
-    places = torch.linspace(0, len(corpus.held_out) - settings.length - 1, settings.test_sequences).long()
+def _held_out_loss(model: SmallModel, text: Tensor, settings: TextSettings) -> float:
+    places = torch.linspace(0, len(text) - settings.length - 1, settings.test_sequences).long()
     parts = places.split(settings.batch)
-    losses = [
-        len(part) * float(_loss(model, corpus.held_out, part, settings.length, device)) for part in parts
-    ]
+    losses = [len(part) * float(_loss(model, text, part, settings.length)) for part in parts]
     return sum(losses) / len(places)
 
 

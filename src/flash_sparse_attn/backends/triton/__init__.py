@@ -53,10 +53,13 @@ def _triton_version() -> tuple[int, int] | None:
     return None
 
 
-@torch.compiler.assume_constant_result
 def unavailable() -> list[str]:
     """Why this backend cannot run on this machine."""
     return list(_reasons())
+
+
+# What torch.compiler.assume_constant_result does, which would import the compiler and with it Triton.
+unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def unsupported(problem: Problem) -> list[str]:

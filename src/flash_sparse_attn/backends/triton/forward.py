@@ -62,39 +62,6 @@ _INTS = (
 )
 
 
-@triton.jit(do_not_specialize=_INTS)
-def slot_bias_kernel(
-    ptr_bias,
-    ptr_key,
-    ptr_counts,
-    ptr_slot_bias,
-    num_epochs,
-    old_slots,
-    num_slots,
-    num_blocks,
-    sbb: tl.int64,
-    sbk: tl.int64,
-    sbg: tl.int64,
-    sbn: tl.int64,
-    HEADS_KV: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One program per (row, bias head of its group, epoch, block): the bias of slots, in log 2 units."""
-    i_head, rest = row_and_rest(num_epochs * num_blocks)
-    i_epoch, i_block = rest // num_blocks, rest % num_blocks
-    i_row = i_head // GROUP
-    slot = i_block * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    used_old = tl.load(ptr_counts + (i_row * num_epochs + i_epoch) * 2)
-    used_new = tl.load(ptr_counts + (i_row * num_epochs + i_epoch) * 2 + 1)
-    used = (slot < used_old) | ((slot >= old_slots) & (slot - old_slots < used_new))
-    key = tl.load(ptr_key + (i_row * num_epochs + i_epoch) * num_slots + slot, mask=used, other=0)
-    ptr_bias += i_row // HEADS_KV * sbb + i_row % HEADS_KV * sbk + i_head % GROUP * sbg
-    bias = tl.load(ptr_bias + key * sbn, mask=used, other=0.0)
-    out = (i_head * num_epochs + i_epoch) * num_slots + slot
-    tl.store(ptr_slot_bias + out, log2_bias(bias), mask=slot < num_slots)
-
-
 @triton.jit
 def _attend(
     q,
@@ -281,21 +248,6 @@ def forward_kernel(
     tl.store(ptr_lse + index, norm / 1.4426950408889634, mask=mask_row)
     if HAS_NORM:
         tl.store(ptr_norm + index, tl.where(is_empty, float("inf"), norm), mask=mask_row)
-
-
-def slot_bias(plan: Plan, bias: Bias) -> Tensor:
-    """Per-key bias of every slot in log 2 units, fp32 ``[R (* G), E, P]``, 0 in empty slots."""
-    per_row = bias.group if bias.kind == "head" else 1
-    rows, num_epochs, num_slots = plan.slot_key.shape
-    num_blocks = triton.cdiv(num_slots, 1024)
-    out = torch.empty(
-        rows * per_row, num_epochs, num_slots, dtype=torch.float32, device=plan.slot_key.device
-    )
-    slot_bias_kernel[(rows * per_row * num_epochs * num_blocks,)](
-        bias.tensor, plan.slot_key, plan.counts, out, num_epochs, plan.old_slots, num_slots, num_blocks,
-        *bias.key_strides, HEADS_KV=bias.heads_kv, GROUP=per_row, BLOCK=1024, num_warps=4,
-    )  # fmt: skip
-    return out
 
 
 def forward(

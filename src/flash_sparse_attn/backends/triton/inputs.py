@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .config import padded_head_dim
 
 LOG2E = 1.4426950408889634
 
@@ -18,6 +21,18 @@ def is_aligned(*tensors: Tensor) -> bool:
         and not any(stride % 8 for stride in t.stride()[:3])
         for t in tensors
     )
+
+
+def query_tiles(tensor: Tensor, group: int, block_m: int) -> TensorDescriptor | None:
+    """Descriptor of tiles ``[1, T, G, D]`` of a ``[B, Q, H, D]`` tensor, or ``None`` if there can be none."""
+    sizes, strides = list(tensor.shape), list(tensor.stride())
+    if block_m % group or not is_aligned(tensor) or 0 in strides:
+        return None
+    # The stride of a dimension of size 1 means nothing, and need not be a valid one.
+    strides = [8 if size == 1 else s for size, s in zip(sizes, strides, strict=True)]
+    strides[3] = 1
+    block = [1, block_m // group, group, padded_head_dim(sizes[3])]
+    return TensorDescriptor(tensor, sizes, strides, block)
 
 
 @dataclass(frozen=True)
@@ -50,6 +65,11 @@ class Bias:
     @property
     def is_per_key(self) -> bool:
         return self.kind != "pair"
+
+    @property
+    def members(self) -> int:
+        """Values per key and KV head."""
+        return self.group if self.kind == "head" else 1
 
     @property
     def strides(self) -> tuple[int, int, int, int, int]:

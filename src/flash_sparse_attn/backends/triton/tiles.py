@@ -79,6 +79,30 @@ def load_rows(
 
 
 @triton.jit
+def load_slots(
+    source, row_0, SLOT_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr
+):
+    """A block of copied slots ``[BLOCK_N, BLOCK_D]``; columns past `SLOT_D` are zeros."""
+    if TMA:
+        return source.load([row_0.to(tl.int32), 0])
+    else:
+        offs = (row_0 + tl.arange(0, BLOCK_N)) * SLOT_D
+        return load_rows(source, offs, None, SLOT_D, BLOCK_D, False)
+
+
+@triton.jit
+def tile_rows(i_tile, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The rows of a tile, and the query and head of each. [BLOCK_M]."""
+    offs = tl.arange(0, BLOCK_M)
+    row = i_tile * BLOCK_M + offs
+    if BLOCK_M % GROUP == 0:
+        # Spelled out so that what does not depend on the tile leaves the loop.
+        return row, i_tile * (BLOCK_M // GROUP) + offs // GROUP, offs % GROUP
+    else:
+        return row, row // GROUP, row % GROUP
+
+
+@triton.jit
 def store_rows(ptr, offs_row, mask_row, block, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """The first `D` columns of the rows where `mask_row` is True, in the type of `ptr`."""
     offs_d = tl.arange(0, BLOCK_D)

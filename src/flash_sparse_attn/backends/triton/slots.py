@@ -1,0 +1,168 @@
+"""Keys, values and per-key bias copied to the slots of a plan: aligned, padded, in the order of use.
+
+All tiles of an epoch read the same slots, so that one copy pays for itself: tiles then load whole blocks
+instead of gathering rows. Empty slots of a used block hold zeros.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ...plan import Plan
+from .config import SLOT_ALIGN, padded_head_dim
+from .inputs import Bias, is_aligned
+from .tiles import load_rows, log2_bias, row_and_rest, row_offsets
+
+_INTS = (
+    "num_epochs",
+    "old_slots",
+    "num_slots",
+    "num_blocks",
+    "row_0",
+    "skb",
+    "skn",
+    "skh",
+    "svb",
+    "svn",
+    "svh",
+    "sbb",
+    "sbk",
+    "sbg",
+    "sbn",
+)
+
+
+@triton.jit(do_not_specialize=_INTS)
+def copy_kernel(
+    ptr_k,
+    ptr_v,
+    ptr_bias,
+    ptr_key,
+    ptr_counts,
+    ptr_slot_k,
+    ptr_slot_v,
+    ptr_slot_bias,
+    num_epochs,
+    old_slots,
+    num_slots,
+    num_blocks,
+    row_0,
+    skb: tl.int64,
+    skn: tl.int64,
+    skh: tl.int64,
+    svb: tl.int64,
+    svn: tl.int64,
+    svh: tl.int64,
+    sbb: tl.int64,
+    sbk: tl.int64,
+    sbg: tl.int64,
+    sbn: tl.int64,
+    HEADS_KV: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    D: tl.constexpr,
+    SLOT_D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """One program per (row, epoch, block of slots)."""
+    i_local, rest = row_and_rest(num_epochs * num_blocks)
+    i_epoch, i_block = rest // num_blocks, rest % num_blocks
+    i_row = row_0 + i_local
+    i_batch, i_head = i_row // HEADS_KV, i_row % HEADS_KV
+    slot_0 = i_block * BLOCK_N
+    part = (slot_0 >= old_slots).to(tl.int32)
+    used = tl.load(ptr_counts + (i_row * num_epochs + i_epoch) * 2 + part)
+    # Whole blocks of the largest size are written: kernels read them whole.
+    used = tl.cdiv(used, 128) * 128
+    if slot_0 - part * old_slots < used:
+        slot = slot_0 + tl.arange(0, BLOCK_N)  # [N]
+        key = tl.load(ptr_key + (i_row * num_epochs + i_epoch) * num_slots + slot)
+        out = tl.multiple_of((i_local * num_epochs + i_epoch) * num_slots, 128) + slot
+        filled = key >= 0
+        if ROWS:
+            offs_d = tl.arange(0, BLOCK_D)
+            mask = tl.broadcast_to((offs_d < SLOT_D)[None, :], [BLOCK_N, BLOCK_D])
+            offs_out = (out * SLOT_D)[:, None] + offs_d[None, :]
+            ptr_k += row_offsets(i_batch, skb, ALIGNED) + row_offsets(i_head, skh, ALIGNED)
+            ptr_v += row_offsets(i_batch, svb, ALIGNED) + row_offsets(i_head, svh, ALIGNED)
+            k = load_rows(ptr_k, row_offsets(key, skn, ALIGNED), filled, D, BLOCK_D, True)
+            v = load_rows(ptr_v, row_offsets(key, svn, ALIGNED), filled, D, BLOCK_D, True)
+            tl.store(ptr_slot_k + offs_out, k, mask=mask)
+            tl.store(ptr_slot_v + offs_out, v, mask=mask)
+        if HAS_BIAS:
+            ptr_bias += i_batch * sbb + i_head * sbk
+            for member in tl.static_range(MEMBERS):
+                ptrs = ptr_bias + member * sbg + key * sbn
+                bias = log2_bias(tl.load(ptrs, mask=filled, other=0.0))
+                base = ((i_local * MEMBERS + member) * num_epochs + i_epoch) * num_slots
+                tl.store(ptr_slot_bias + base + slot, bias)
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Copies for some rows of a plan.
+
+    Attributes:
+        key: ``[rows, E, P, SLOT_D]`` in the dtype of the keys, or ``None`` if only the bias is copied.
+        value: The same.
+        bias: fp32 ``[rows, members, E, P]`` in units of log 2, or ``None``.
+    """
+
+    key: Tensor | None
+    value: Tensor | None
+    bias: Tensor | None
+
+    def source(self, tensor: Tensor, block_n: int, uses_tma: bool) -> Any:
+        """What a kernel loads blocks of slots from: a descriptor, or the pointer."""
+        if not uses_tma:
+            return tensor
+        return TensorDescriptor.from_tensor(
+            tensor.view(-1, tensor.shape[-1]), [block_n, padded_head_dim(tensor.shape[-1])]
+        )
+
+
+def slot_dim(head_dim: int) -> int:
+    """Elements of a copied row: whole units of 16 bytes."""
+    return -(-head_dim // 8) * 8
+
+
+def copy_slots(
+    plan: Plan, key: Tensor, value: Tensor, bias: Bias | None, rows: range, *, with_rows: bool = True
+) -> Slots:
+    """Copy keys, values and a per-key bias to the slots of some rows of a plan."""
+    head_dim, heads_kv = key.shape[3], key.shape[2]
+    shape = (len(rows), plan.num_epochs, plan.num_slots)
+    slot_key = slot_value = slot_bias = None
+    if with_rows:
+        slot_key = torch.empty(*shape, slot_dim(head_dim), dtype=key.dtype, device=key.device)
+        slot_value = torch.empty_like(slot_key)
+    has_bias = bias is not None and bias.is_per_key
+    members = 1
+    strides = (0, 0, 0, 0)
+    if bias is not None and bias.is_per_key:
+        members, strides = bias.members, bias.key_strides
+        slot_bias = torch.empty(
+            shape[0], members, *shape[1:], dtype=torch.float32, device=key.device
+        )
+    if with_rows or has_bias:
+        block_n = max(16, min(SLOT_ALIGN, 8192 // padded_head_dim(head_dim))) if with_rows else 128
+        num_blocks = plan.num_slots // block_n
+        copy_kernel[(len(rows) * plan.num_epochs * num_blocks,)](
+            key, value, bias.tensor if has_bias and bias else None, plan.slot_key, plan.counts,
+            slot_key, slot_value, slot_bias, plan.num_epochs, plan.old_slots, plan.num_slots,
+            num_blocks, rows.start, *key.stride()[:3], *value.stride()[:3], *strides,
+            HEADS_KV=heads_kv, MEMBERS=members, D=head_dim, SLOT_D=slot_dim(head_dim),
+            BLOCK_D=padded_head_dim(head_dim), BLOCK_N=block_n, ROWS=with_rows, HAS_BIAS=has_bias,
+            ALIGNED=is_aligned(key, value), num_warps=4,
+        )  # fmt: skip
+    return Slots(slot_key, slot_value, slot_bias)

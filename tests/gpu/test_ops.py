@@ -1,0 +1,199 @@
+"""The operators on a GPU: opcheck, compilers, graphs, checkpointing, autocast, streams, memory."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from torch import Tensor
+
+from flash_sparse_attn import dynamic_mask_attn_func, flash_sparse_attn_func, select_keys
+
+pytestmark = pytest.mark.gpu
+
+DTYPE = torch.bfloat16
+
+
+def inputs(batch=1, length=300, heads=4, kv_heads=2, dim=64, *, requires_grad=True):
+    """Query, key, value and scores on the GPU."""
+    tensors = [
+        torch.randn(batch, length, count, dim, device="cuda", dtype=DTYPE)
+        for count in (heads, kv_heads, kv_heads)
+    ]
+    tensors.append(torch.randn(batch, kv_heads, length, device="cuda"))
+    return [tensor.requires_grad_(requires_grad) for tensor in tensors]
+
+
+def gradients(function, tensors: list[Tensor], grad: Tensor) -> list[Tensor]:
+    out = function(*tensors)
+    return [out.detach(), *torch.autograd.grad(out, tensors, grad)]
+
+
+def attend(query, key, value, scores, window=48):
+    return dynamic_mask_attn_func(query, key, value, scores, window, backend="triton")
+
+
+def test_operators_pass_opcheck():
+    query, key, value, scores = inputs(length=130)
+    selection = select_keys(scores, 32).with_plan()
+    plan = selection.plan
+    torch.library.opcheck(
+        torch.ops.flash_sparse_attn.select,
+        (scores.detach(), 32, "causal", None, None, 1, 2),
+    )
+    intervals = (selection.start, selection.expiry, selection.score)
+    torch.library.opcheck(
+        torch.ops.flash_sparse_attn.plan,
+        (*intervals, None, None, "causal", 32, 0, 0, 130, True, True),
+        # Slots past the last used block are not written.
+        test_utils=("test_schema", "test_faketensor"),
+    )
+    call = (0.125, 0.0, False, list(plan.sizes))
+    torch.library.opcheck(
+        torch.ops.flash_sparse_attn.forward,
+        (query, key, value, scores[:, :, None], plan.tensors(), *call),
+    )
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_without_a_graph_break(dynamic):
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, fullgraph=True, dynamic=dynamic)
+    for length in (260, 390):
+        tensors = inputs(length=length)
+        grad = torch.randn_like(tensors[0])
+        for name, got, want in zip(
+            ("out", "dq", "dk", "dv", "dscores"),
+            gradients(compiled, tensors, grad),
+            gradients(attend, tensors, grad),
+            strict=True,
+        ):
+            assert torch.equal(got, want), (length, name)
+
+
+def test_dynamic_lengths_compile_once():
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend=counter)
+    for length in (700, 900, 1500):
+        compiled(*inputs(length=length))
+    assert counter.frame_count == 1
+
+
+def test_captured_in_a_graph_with_selection_and_backward():
+    tensors = inputs(length=900, batch=2)
+    grad = torch.randn_like(tensors[0])
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            gradients(attend, tensors, grad)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = gradients(attend, tensors, grad)
+    for _ in range(2):
+        with torch.no_grad():
+            for tensor in tensors:
+                tensor.normal_()
+        graph.replay()
+        for got, want in zip(captured, gradients(attend, tensors, grad), strict=True):
+            assert torch.equal(got, want)
+
+
+def test_no_synchronisation_with_the_host():
+    tensors = inputs(length=700)
+    grad = torch.randn_like(tensors[0])
+    gradients(attend, tensors, grad)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        gradients(attend, tensors, grad)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_checkpointing_repeats_the_selection():
+    tensors = inputs(length=500)
+    grad = torch.randn_like(tensors[0])
+
+    def checkpointed(*args):
+        return torch.utils.checkpoint.checkpoint(attend, *args, use_reentrant=False)
+
+    for got, want in zip(
+        gradients(checkpointed, tensors, grad), gradients(attend, tensors, grad), strict=True
+    ):
+        assert torch.equal(got, want)
+
+
+def test_autocast_casts_query_key_value_and_leaves_scores():
+    tensors = inputs(length=200)
+    floats = [tensor.detach().float() for tensor in tensors]
+    with torch.autocast("cuda", torch.bfloat16):
+        out = attend(*floats)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, attend(*tensors))
+
+
+def test_second_derivatives_are_refused():
+    tensors = inputs(length=100)
+    (grad,) = torch.autograd.grad(attend(*tensors).sum(), tensors[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        grad.sum().backward()
+
+
+def test_graph_retained_and_layers_share_a_plan_on_two_streams():
+    query, key, value, scores = inputs(length=1000)
+    selection = select_keys(scores, 100).with_plan()
+    bias = scores[:, :, None]
+
+    def layer(q, k, v):
+        return flash_sparse_attn_func(q, k, v, selection, bias, backend="triton")
+
+    want = gradients(layer, [query, key, value], torch.ones_like(query))
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    results = []
+    for stream in streams:
+        with torch.cuda.stream(stream):
+            out = layer(query, key, value)
+            grads = [
+                torch.autograd.grad(
+                    out, [query, key, value], torch.ones_like(query), retain_graph=True
+                )
+                for _ in range(2)
+            ]
+            results.append((out, grads))
+    torch.cuda.synchronize()
+    for out, grads in results:
+        assert torch.equal(out, want[0])
+        for grad in grads:
+            for got, expected in zip(grad, want[1:], strict=True):
+                assert torch.equal(got, expected)
+
+
+def test_fp32_runs_eager_with_one_warning_and_a_named_backend_refuses():
+    floats = [tensor.detach().float() for tensor in inputs(length=64)]
+    with pytest.warns(UserWarning, match="eager"):
+        dynamic_mask_attn_func(*floats, 16)
+    with pytest.raises(RuntimeError, match="fp16 and bf16"):
+        attend(*floats)
+
+
+@pytest.mark.heavy
+def test_host_time_of_a_prepared_call():
+    query, key, value, scores = inputs(length=2048, requires_grad=False)
+    selection = select_keys(scores, 256).with_plan(for_backward=False)
+    bias = scores[:, :, None]
+
+    def call():
+        return flash_sparse_attn_func(query, key, value, selection, bias)
+
+    times = []
+    for _ in range(5):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(100):
+            call()
+        times.append((time.perf_counter() - start) / 100)
+    print(f"host time {min(times) * 1e6:.1f} us a call")
+    assert min(times) < 150e-6
