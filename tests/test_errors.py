@@ -96,8 +96,8 @@ def test_the_unchanged_calls_are_accepted():
         ({"value": zeros(K, D)}, ValueError, "value", ["[B, K, Hkv, D]", "(8, 16)"]),
         ({"query": [[0.0]]}, TypeError, "query", ["tensor", "list"]),
         ({"value": None}, TypeError, "value", ["tensor", "None"]),
-        ({"query": zeros(B, Q, 5, D)}, ValueError, "key", ["5", "2", "multiple"]),
-        ({"query": zeros(B, Q, 1, D)}, ValueError, "key", ["1", "2", "multiple"]),
+        ({"query": zeros(B, Q, 5, D)}, ValueError, "key", ["5", "2", "divide"]),
+        ({"query": zeros(B, Q, 1, D)}, ValueError, "key", ["1", "2", "divide"]),
         ({"key": zeros(B, K, 0, D), "value": zeros(B, K, 0, D)}, ValueError, "key", ["0"]),
         ({"key": zeros(3, K, HKV, D), "value": zeros(3, K, HKV, D)}, ValueError, "key", ["2", "3"]),
         (

@@ -30,20 +30,19 @@ PUBLIC = {
     "flash_sparse_attn_with_kvcache_func",
     "flex_sparse_attn_func",
     "get_available_backends",
+    "prepare_selection",
     "select_keys",
     "triton_sparse_attn_func",
 }
 
 # A module imports only from layers above its own in this list; an entry stands for its submodules.
 LAYERS = (
-    {"_conflicts", "_version", "checks", "reference", "varlen"},
+    {"_conflicts", "_version", "plan", "reference", "varlen"},
     {"intervals"},
-    {"backends.eager_select"},
-    {"selection"},
+    {"checks"},
     {"problem", "utils"},
-    {"plan"},
     {"backends"},
-    {"dispatch"},
+    {"dispatch", "selection"},
     {"attention"},
     {"compat", "dynamic_mask", "window_cache"},
     {"nn", "distributed", "integrations"},

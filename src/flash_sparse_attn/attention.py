@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from . import checks, dispatch
+from .intervals import KeySelection
 from .problem import Problem
 from .reference import attention_reference
-from .selection import KeySelection
 from .varlen import PackedSequences
 
 Mask = Tensor | KeySelection | None

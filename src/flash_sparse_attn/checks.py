@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .selection import KeySelection
+from .intervals import KeySelection
 
 MAX_HEAD_DIM = 256
 
@@ -110,7 +108,8 @@ def check_mask(
     """`attn_mask` is bool, on the device of query and broadcastable."""
     if not isinstance(mask, Tensor):
         raise TypeError(
-            f"attn_mask: expected a bool tensor, a KeySelection or None, got {type(mask).__name__}; "
+            "attn_mask: expected a bool tensor, a KeySelection or None, "
+            f"got {type(mask).__name__}; "
             "a KeySelection takes no second mask: give select_keys a key_mask or cu_seqlens"
         )
     if mask.dtype != torch.bool:
@@ -151,25 +150,11 @@ def check_bias_values(bias: Tensor, visible: Tensor) -> None:
 
 def resolve_causality(mask: object, is_causal: bool | None) -> bool:
     """What `is_causal` means with this mask: a causal selection brings its own causality."""
-    from .selection import KeySelection
-
     if is_causal is not None and not isinstance(is_causal, bool):
         raise TypeError(f"is_causal: expected True, False or None, got {is_causal!r}")
-    if not isinstance(mask, KeySelection):
-        return bool(is_causal)
-    if mask.is_causal is None:
-        if is_causal is None:
-            raise ValueError(
-                f"is_causal: a selection with mode={mask.mode!r} does not say it; expected True or "
-                "False, got None; pass is_causal explicitly"
-            )
-        return is_causal
-    if is_causal is False:
-        raise ValueError(
-            "is_causal: expected None or True with a causal selection, got False; use "
-            "select_keys(..., mode='shared') for keys that every query sees"
-        )
-    return True
+    if isinstance(mask, KeySelection):
+        return mask.resolve_causality(is_causal)
+    return bool(is_causal)
 
 
 def check_selection(

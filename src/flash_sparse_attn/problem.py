@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .selection import KeySelection
+from .intervals import KeySelection
 from .varlen import PackedSequences
 
 

@@ -8,7 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from flash_sparse_attn import dynamic_mask_attn_func, flash_sparse_attn_func, select_keys
+from flash_sparse_attn import (
+    dynamic_mask_attn_func,
+    flash_sparse_attn_func,
+    prepare_selection,
+    select_keys,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -36,7 +41,7 @@ def attend(query, key, value, scores, window=48):
 
 def test_operators_pass_opcheck():
     query, key, value, scores = inputs(length=130)
-    selection = select_keys(scores, 32).with_plan()
+    selection = prepare_selection(select_keys(scores, 32))
     plan = selection.plan
     torch.library.opcheck(
         torch.ops.flash_sparse_attn.select,
@@ -143,7 +148,7 @@ def test_second_derivatives_are_refused():
 
 def test_graph_retained_and_layers_share_a_plan_on_two_streams():
     query, key, value, scores = inputs(length=1000)
-    selection = select_keys(scores, 100).with_plan()
+    selection = prepare_selection(select_keys(scores, 100))
     bias = scores[:, :, None]
 
     def layer(q, k, v):
@@ -182,7 +187,7 @@ def test_fp32_runs_eager_with_one_warning_and_a_named_backend_refuses():
 @pytest.mark.heavy
 def test_host_time_of_a_prepared_call():
     query, key, value, scores = inputs(length=2048, requires_grad=False)
-    selection = select_keys(scores, 256).with_plan(for_backward=False)
+    selection = prepare_selection(select_keys(scores, 256), for_backward=False)
     bias = scores[:, :, None]
 
     def call():

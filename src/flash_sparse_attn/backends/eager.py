@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..intervals import KeySelection
 from ..problem import Problem
-from ..selection import KeySelection
 from .eager_tiles import Walk
 
 

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..intervals import NEVER, visible_to
+from ..intervals import NEVER, KeySelection, visible_to
 from ..problem import Problem
-from ..selection import KeySelection
 
 # Measured at N 16384, W 256, D 64, fp32 on one core, forward + backward: 2**18 scores in a tile
 # 617 ms, 2**19 453 ms, 2**20 477 ms, 2**22 486 ms; epochs of 64, 128, 256 queries 453, 546, 736 ms.
@@ -92,7 +91,7 @@ class Walk:
                 yield replace(tile, used=self._seen(tile))
 
     def _seen(self, tile: Tile) -> Tensor:
-        """The slots that any query of the tile sees, ``[R or 1, E, P]``: the others are not read."""
+        """The slots that a query of the tile sees, ``[R or 1, E, P]``; others are not read."""
         visible = self._visible(tile)
         if self.bias is not None:
             visible = visible & (self._spread(self.bias, tile) != -torch.inf)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import importlib.metadata
 import shutil
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from ...problem import Problem
-    from ...selection import KeySelection
+from ...intervals import KeySelection
+from ...plan import Plan
+from ...problem import Problem
+from ...varlen import PackedSequences
+from . import ops
 
 MIN_CAPABILITY = (8, 0)
 # The oldest version the kernels were run with.
@@ -58,7 +59,8 @@ def unavailable() -> list[str]:
     return list(_reasons())
 
 
-# What torch.compiler.assume_constant_result does, which would import the compiler and with it Triton.
+# What torch.compiler.assume_constant_result does, which would import the compiler and with it
+# Triton.
 unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -79,6 +81,30 @@ def unsupported(problem: Problem) -> list[str]:
     return reasons
 
 
+def select(
+    score: Tensor,
+    window_size: int,
+    mode: str,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    keep_first: int,
+    keep_recent: int,
+) -> tuple[Tensor, Tensor]:
+    """Start and expiry of every key, int32 in the shape of `score`."""
+    return ops.select(score, window_size, mode, key_mask, cu_seqlens, keep_first, keep_recent)
+
+
+def plan(
+    selection: KeySelection,
+    query_len: int,
+    is_causal: bool,
+    packed: PackedSequences | None,
+    for_backward: bool,
+) -> Plan:
+    """The epochs and key slots of calls over a selection."""
+    return ops.plan(selection, query_len, is_causal, packed, for_backward)
+
+
 def attention(
     problem: Problem,
     query: Tensor,
@@ -88,6 +114,4 @@ def attention(
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """``out [B, Q, H, D]`` and ``lse [B, H, Q]`` over the keys of a selection."""
-    from . import ops
-
     return ops.attention(problem, query, key, value, selection, bias)

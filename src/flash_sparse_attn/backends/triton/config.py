@@ -94,11 +94,22 @@ def epoch_length(kept: int, keep_recent: int) -> int:
     return min(8192, max(128, 1 << (seen // 2).bit_length() - 1))
 
 
-def partial_rows(rows: int, floats: int, query: torch.Tensor, key: torch.Tensor) -> int:
-    """How many rows of keys backward takes at a time: fp32 dK and dV of `floats` each per row.
+def has_tma(architecture: str) -> bool:
+    """Whether blocks are loaded through tensor descriptors."""
+    return architecture in ("sm_90", "sm_100")
 
-    All of them if that is little beside the call's own tensors, so that long texts fit.
-    """
+
+def slot_rows(rows: int, elements: int, query: torch.Tensor, key: torch.Tensor) -> int:
+    """How many rows of keys are taken at a time, if copies of keys and values have so many elements."""
+    return _rows(rows, 2 * elements * key.element_size(), query, key)
+
+
+def partial_rows(rows: int, elements: int, query: torch.Tensor, key: torch.Tensor) -> int:
+    """How many rows of keys backward takes at a time, if dK and dV have so many fp32 each per row."""
+    return _rows(rows, 8 * elements, query, key)
+
+
+def _rows(rows: int, nbytes: int, query: torch.Tensor, key: torch.Tensor) -> int:
+    """All of them if that is little beside the call's own tensors; so long texts fit."""
     own = 4 * query.numel() * query.element_size() + 4 * key.numel() * key.element_size()
-    budget = max(1 << 30, own // 16)
-    return max(1, min(rows, budget // (8 * floats)))
+    return max(1, min(rows, max(1 << 30, own // 16) // nbytes))

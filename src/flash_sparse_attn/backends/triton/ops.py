@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...intervals import KeySelection
 from ...plan import Plan
 from ...problem import Problem
-from ...selection import KeySelection
 from ...varlen import PackedSequences
 from .layout import Layout
 

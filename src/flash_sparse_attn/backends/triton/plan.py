@@ -30,7 +30,7 @@ from .layout import Layout
 from .tiles import count_prefix, epoch_bounds, row_and_rest
 
 if TYPE_CHECKING:
-    from ...selection import KeySelection
+    from ...intervals import KeySelection
     from ...varlen import PackedSequences
 
 _NEVER = tl.constexpr(NEVER)

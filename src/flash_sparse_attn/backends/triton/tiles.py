@@ -151,9 +151,7 @@ def softmax_update(scores, peak, total):
 
 
 @triton.jit
-def tile_blocks(
-    ptr_visible, ptr_entered, i_first, i_last, old_slots, BLOCK_N: tl.constexpr
-):
+def tile_blocks(ptr_visible, ptr_entered, i_first, i_last, BLOCK_N: tl.constexpr):
     """The slot blocks of a tile whose first and last query are given.
 
     Returns the number of old blocks that all its queries see whole, of old blocks that any of them

@@ -80,8 +80,10 @@ def planes_of(order, BLOCK_W: tl.constexpr):
 
 
 @triton.jit
-def _add2(a0, a1, b0, b1):
-    return a0 + b0, a1 + b1
+def _pack(low, high):
+    """Two counts in one number, so that one reduction serves both; each sum stays below 2 ** 16."""
+    # The minimum is for the compiler, which fails to see a population count in front of a shift.
+    return low + (tl.minimum(high, 32) << 16)
 
 
 @triton.jit
@@ -118,7 +120,8 @@ def mark_ranks(ptr_plane, plane_step, members, offs_w, worst, best):
         coming = tl.load(ptr_plane, mask=live & (b < 30), other=0)
         ones_worst = tied_worst & plane
         ones_best = tied_best & plane
-        n_worst, n_best = tl.reduce((popcount(ones_worst), popcount(ones_best)), 0, _add2)
+        counts = tl.sum(_pack(popcount(ones_worst), popcount(ones_best)), 0)
+        n_worst, n_best = counts & 0xFFFF, (counts >> 16) & 0xFFFF
         # All bits set if the key of that rank has a 0 here.
         zero = tl.where(n_worst < worst, -1, 0)
         above_worst |= ones_worst & zero
@@ -132,11 +135,14 @@ def mark_ranks(ptr_plane, plane_step, members, offs_w, worst, best):
         following = coming
     # Of equal keys the newer are better.
     n_worst, n_best = popcount(tied_worst), popcount(tied_best)
-    upto_worst, upto_best = tl.cumsum(n_worst, 0), tl.cumsum(n_best, 0)
-    all_worst, all_best = tl.reduce((n_worst, n_best), 0, _add2)
-    at = _tied_at(tied_worst, offs_w, n_worst, upto_worst, tl.maximum(all_worst - worst, 0))
+    counts = _pack(n_worst, n_best)
+    total = tl.sum(counts, 0)
+    upto = tl.cumsum(counts, 0)
+    skipped = tl.maximum((total & 0xFFFF) - worst, 0)
+    at = _tied_at(tied_worst, offs_w, n_worst, upto & 0xFFFF, skipped)
     above_worst |= tied_worst & bits_within(offs_w * 32, at, 0x7FFFFFFF)
-    at = _tied_at(tied_best, offs_w, n_best, upto_best, tl.maximum(all_best - best, 0))
+    skipped = tl.maximum(((total >> 16) & 0xFFFF) - best, 0)
+    at = _tied_at(tied_best, offs_w, n_best, (upto >> 16) & 0xFFFF, skipped)
     above_best |= tied_best & bits_within(offs_w * 32, at, 0x7FFFFFFF)
     return above_worst & ~above_best
 
