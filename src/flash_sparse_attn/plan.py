@@ -16,6 +16,7 @@ The order depends on the past only: what comes later can hide a slot, never move
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,8 +98,10 @@ class Plan:
     @classmethod
     def of(cls, tensors: list[Tensor], sizes: list[int], clamps_positions: bool) -> Plan:
         """The inverse of `tensors` and `sizes`."""
-        optional = [t if t.numel() else None for t in tensors[6:]]
-        return cls(*tensors[:6], *optional, *sizes, clamps_positions)
+        facts: dict[str, Any] = dict(zip(_SIZES, (*sizes, clamps_positions), strict=True))
+        for name, tensor in zip(_TENSORS, tensors, strict=True):
+            facts[name] = tensor if tensor.numel() else None
+        return cls(**facts)
 
     def fits(self, query_len: int, is_causal: bool, for_backward: bool) -> bool:
         """Whether a call with so many queries can use this plan."""

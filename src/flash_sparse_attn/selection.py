@@ -56,7 +56,7 @@ def select_keys(
     score = scores.detach().to(torch.float32).contiguous()
     choice = (window_size, mode, key_mask, cu_seqlens, keep_first, keep_recent)
     if _on_gpu_kernels(score):
-        start, expiry = triton.select(score, *choice)
+        start, expiry = triton.select_intervals(score, *choice)
     else:
         start, expiry = eager_select.intervals(score, *choice)
     return KeySelection(
@@ -98,7 +98,7 @@ def prepare_selection(
     if selection.cu_seqlens is not None:
         borders = selection.cu_seqlens
         packed = PackedSequences(borders, borders, query_len, query_len)
-    plan = triton.plan(selection, query_len, causal, packed, for_backward)
+    plan = triton.make_plan(selection, query_len, causal, packed, for_backward)
     return replace(selection, plan=plan)
 
 

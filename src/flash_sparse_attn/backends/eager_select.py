@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -40,13 +41,15 @@ def intervals(
         if cu_seqlens is None:
             expiry = _chunked_window_expiry(key, window_size)
         else:
-            expiry = _by_rows(lambda rows: _window_expiry(rows, first, end, window_size), key)
+            expire = partial(_window_expiry, first=first, end=end, window_size=window_size)
+            expiry = _by_rows(expire, key)
     else:
         if mode == "relu":
             chosen = score > 0
         else:
             key = order_key(score, key_mask)
-            chosen = _by_rows(lambda rows: _rank(rows, first, False), key) < first + window_size
+            rank = _by_rows(partial(_rank, first=first, newer_wins=False), key)
+            chosen = rank < first + window_size
         expiry = torch.where(chosen, NEVER, start)
         start = torch.where(chosen, 0, start)
 
@@ -99,10 +102,8 @@ def _chunked_window_expiry(key: Tensor, window_size: int) -> Tensor:
         chunk = torch.arange(begin, min(begin + chunk_len, rows.shape[-1]), device=key.device)
         index = torch.cat([alive, chunk.expand(rows.shape[0], -1)], dim=-1)
         first, end = sequence_bounds(None, index.shape[-1], key.device)
-        local = _by_rows(
-            lambda group, f=first, e=end: _window_expiry(group, f, e, window_size),
-            rows.gather(-1, index),
-        )
+        expire = partial(_window_expiry, first=first, end=end, window_size=window_size)
+        local = _by_rows(expire, rows.gather(-1, index))
         stays = local == index.shape[-1]
         offset = begin - alive.shape[-1]
         expiry.scatter_(-1, index, torch.where(stays, NEVER, local + offset))

@@ -81,7 +81,7 @@ def unsupported(problem: Problem) -> list[str]:
     return reasons
 
 
-def select(
+def select_intervals(
     score: Tensor,
     window_size: int,
     mode: str,
@@ -94,7 +94,7 @@ def select(
     return ops.select(score, window_size, mode, key_mask, cu_seqlens, keep_first, keep_recent)
 
 
-def plan(
+def make_plan(
     selection: KeySelection,
     query_len: int,
     is_causal: bool,

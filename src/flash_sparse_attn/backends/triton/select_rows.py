@@ -160,17 +160,16 @@ def _encode_kernel(ptr_score, ptr_mask, ptr_cu, ptr_planes, ptr_start, ptr_expir
     offs_w = i_word + tl.arange(0, BLOCK_W)
     offs_b = tl.arange(0, 32)[None, :]
     # [BLOCK_W, 32]
-    planes = tl.zeros([BLOCK_W, 32], tl.int32)
+    planes = tl.zeros([BLOCK_W, 32], tl.uint32)
     for i in range(32):
         index = offs_w * 32 + i
         live = (offs_w < row_words) & (index < key_len)
         order = order_keys(ptr_score, ptr_mask, index, live, HAS_MASK) ^ _PADDING
         order = order.to(tl.uint32, bitcast=True)[:, None]
-        # A rotation brings bit b to bit i.
-        rotated = (order << ((i - offs_b) & 31)) | (order >> ((offs_b - i) & 31))
-        planes |= rotated.to(tl.int32, bitcast=True) & (1 << i)
+        # Bit b enters at the top and is shifted down to bit i: one funnel shift.
+        planes = (planes >> 1) | ((order >> offs_b) << 31)
     ptr_planes += i_row * 32 * row_words + offs_b * row_words + offs_w[:, None]
-    tl.store(ptr_planes, planes, mask=(offs_w < row_words)[:, None])
+    tl.store(ptr_planes, planes.to(tl.int32, bitcast=True), mask=(offs_w < row_words)[:, None])
 
     # [BLOCK_W * 32]
     index = i_word * 32 + tl.arange(0, BLOCK_W * 32)

@@ -79,6 +79,21 @@ def load_rows(
 
 
 @triton.jit
+def load_grads(
+    ptr, i_query, i_head, stride_query, stride_head, stride_d, mask_row,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Rows of dO, which may have any strides: the gradient of a sum has stride 0 everywhere."""
+    offs = row_offsets(i_query, stride_query, ALIGNED) + row_offsets(i_head, stride_head, ALIGNED)
+    if ALIGNED:
+        return load_rows(ptr, offs, mask_row, D, BLOCK_D, True)
+    else:
+        offs_d = tl.arange(0, BLOCK_D)
+        mask = mask_row[:, None] & (offs_d < D)[None, :]
+        return tl.load(ptr + offs[:, None] + (offs_d * stride_d)[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
 def load_slots(
     source, row_0, SLOT_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr
 ):

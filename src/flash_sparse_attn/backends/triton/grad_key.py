@@ -1,0 +1,402 @@
+"""dK, dV and the gradient of a per-key bias: owned by (epoch, block of slots), then summed by key.
+
+1. `grad_key_kernel`: a block of slots walks the query tiles of its epoch that see it and owns what this
+   epoch contributes, in fp32. Scores are transposed (keys x queries): Triton 3.4 to 3.7.0 can compile
+   ``dot(trans(ds), q)`` wrongly for Hopper.
+2. `reduce_kernel`: every key adds the contributions of its epochs, in their order, and rounds once.
+
+Symbols as in `forward.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...plan import Plan
+from .config import TileConfig, architecture_of, has_tma, padded_head_dim, partial_rows
+from .grad_query import Saved
+from .inputs import Call, is_aligned, query_tiles
+from .slots import copy_slots
+from .tiles import (
+    epoch_bounds,
+    load_grads,
+    load_rows,
+    log2_bias,
+    row_and_rest,
+    row_offsets,
+    scaled_scores,
+    store_rows,
+    tile_rows,
+)
+
+_INF = tl.constexpr(float("inf"))
+
+_INTS = (
+    "query_len",
+    "key_len",
+    "epoch_len",
+    "num_epochs",
+    "num_blocks",
+    "old_slots",
+    "num_slots",
+    "row_0",
+    "sqb",
+    "sqn",
+    "sqh",
+    "skb",
+    "skn",
+    "skh",
+    "svb",
+    "svn",
+    "svh",
+    "sgb",
+    "sgn",
+    "sgh",
+    "sgd",
+    "spb",
+    "spk",
+    "spg",
+    "spq",
+    "spn",
+)
+
+
+@triton.jit
+def _add_tile(
+    k, v, bias, start, expiry, grad_k, grad_v, grad_bias, i_tile, i_batch, i_head, first, num, position,
+    key, tiles_q, tiles_grad, ptr_norm, ptr_delta, ptr_slot_bias, ptr_pair, stride_member, sqn, sqh,
+    sgn, sgh, sgd, spg, spq, spn, scale, softcap,
+    MASKED: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    KEY_BIAS: tl.constexpr,
+    PAIR_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    NEEDS_KEY: tl.constexpr,
+    NEEDS_VALUE: tl.constexpr,
+    NEEDS_BIAS: tl.constexpr,
+    CLAMPS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    GRAD_ALIGNED: tl.constexpr,
+    TMA_Q: tl.constexpr,
+    TMA_GRAD: tl.constexpr,
+):  # fmt: skip
+    """Add the contribution of one query tile to the gradients of a block of slots."""
+    row, i_query, i_group = tile_rows(i_tile, GROUP, BLOCK_M)  # [M]
+    mask_row = row < num * GROUP
+    offs_head = i_head * GROUP + i_group
+    query_0 = first + i_tile * (BLOCK_M // GROUP)
+    if TMA_Q:
+        q = tiles_q.load([i_batch.to(tl.int32), query_0, (i_head * GROUP).to(tl.int32), 0])
+        q = q.reshape(BLOCK_M, BLOCK_D)
+    else:
+        offs_q = row_offsets(first + i_query, sqn, ALIGNED) + row_offsets(offs_head, sqh, ALIGNED)
+        q = load_rows(tiles_q, offs_q, mask_row, D, BLOCK_D, True)  # [M, D]
+    if TMA_GRAD:
+        grad = tiles_grad.load([i_batch.to(tl.int32), query_0, (i_head * GROUP).to(tl.int32), 0])
+        grad = grad.reshape(BLOCK_M, BLOCK_D)
+    else:
+        grad = load_grads(
+            tiles_grad, first + i_query, offs_head, sgn, sgh, sgd, mask_row, D, BLOCK_D, GRAD_ALIGNED
+        ).to(q.dtype)  # [M, D]
+    # Rows past the end of the epoch have no probability.
+    norm = tl.load(ptr_norm + row, mask=mask_row, other=_INF)  # [M]
+    scores, tanh = scaled_scores(tl.dot(k, tl.trans(q)), scale, softcap, HAS_SOFTCAP)  # [N, M]
+    if KEY_BIAS == "kv head":
+        scores += bias[:, None]
+    elif KEY_BIAS == "head":
+        offs = i_group.to(tl.int64) * stride_member
+        scores += tl.load(ptr_slot_bias + offs[None, :])
+    if PAIR_BIAS:
+        offs = i_group * spg + (first + i_query) * spq
+        ptrs = ptr_pair + (key.to(tl.int64) * spn)[:, None] + offs[None, :]
+        scores += log2_bias(tl.load(ptrs, mask=(key >= 0)[:, None] & mask_row[None, :], other=0.0))
+    if MASKED:
+        at = position + i_query
+        if CLAMPS:
+            at = tl.maximum(at, 0)
+        sees = (start[:, None] <= at[None, :]) & (at[None, :] < expiry[:, None])
+        scores = tl.where(sees, scores, -_INF)
+    probs = tl.exp2(scores - norm[None, :])
+    if NEEDS_VALUE:
+        grad_v = tl.dot(probs.to(grad.dtype), grad, grad_v)
+    if NEEDS_KEY or NEEDS_BIAS:
+        delta = tl.load(ptr_delta + row, mask=mask_row, other=0.0)  # [M]
+        grad_scores = probs * (tl.dot(v, tl.trans(grad)) - delta[None, :])  # [N, M]
+        if NEEDS_BIAS:
+            if KEY_BIAS == "head":
+                for member in tl.static_range(GROUP):
+                    part = tl.sum(tl.where((i_group == member)[None, :], grad_scores, 0.0), 1)
+                    is_member = tl.arange(0, grad_bias.shape[1]) == member
+                    grad_bias += tl.where(is_member[None, :], part[:, None], 0.0)
+            else:
+                grad_bias += tl.sum(grad_scores, 1)
+        if NEEDS_KEY:
+            if HAS_SOFTCAP:
+                grad_scores *= 1.0 - tanh * tanh
+            grad_k = tl.dot(grad_scores.to(q.dtype), q, grad_k)
+    return grad_k, grad_v, grad_bias
+
+
+@triton.jit(do_not_specialize=_INTS)
+def grad_key_kernel(
+    tiles_q, ptr_k, ptr_v, tiles_grad, ptr_norm, ptr_delta, ptr_part_k, ptr_part_v, ptr_part_bias,
+    ptr_key, ptr_start, ptr_expiry, ptr_counts, ptr_epochs, ptr_slot_bias, ptr_pair, scale, softcap,
+    softmax_scale, query_len, key_len, epoch_len, num_epochs, num_blocks, old_slots, num_slots, row_0,
+    sqb: tl.int64,
+    sqn: tl.int64,
+    sqh: tl.int64,
+    skb: tl.int64,
+    skn: tl.int64,
+    skh: tl.int64,
+    svb: tl.int64,
+    svn: tl.int64,
+    svh: tl.int64,
+    sgb: tl.int64,
+    sgn: tl.int64,
+    sgh: tl.int64,
+    sgd: tl.int64,
+    spb: tl.int64,
+    spk: tl.int64,
+    spg: tl.int64,
+    spq: tl.int64,
+    spn: tl.int64,
+    HEADS_KV: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+    KEY_BIAS: tl.constexpr,
+    PAIR_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    NEEDS_KEY: tl.constexpr,
+    NEEDS_VALUE: tl.constexpr,
+    NEEDS_BIAS: tl.constexpr,
+    CLAMPS: tl.constexpr,
+    PACKED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ALIGNED_KV: tl.constexpr,
+    GRAD_ALIGNED: tl.constexpr,
+    TMA_Q: tl.constexpr,
+    TMA_GRAD: tl.constexpr,
+):  # fmt: skip
+    """One program per (row, epoch, block of slots)."""
+    i_local, rest = row_and_rest(num_epochs * num_blocks)
+    i_epoch, i_block = rest // num_blocks, rest % num_blocks
+    i_row = row_0 + i_local
+    i_batch, i_head = i_row // HEADS_KV, i_row % HEADS_KV
+    slot_0 = i_block * BLOCK_N
+    part = (slot_0 >= old_slots).to(tl.int32)
+    used = tl.load(ptr_counts + (i_row * num_epochs + i_epoch) * 2 + part)
+    if slot_0 - part * old_slots < used:
+        first, num, position = epoch_bounds(
+            i_epoch, ptr_epochs, query_len, key_len, epoch_len, PACKED
+        )
+        slot = slot_0 + tl.arange(0, BLOCK_N)  # [N]
+        plan_base = tl.multiple_of((i_row * num_epochs + i_epoch) * num_slots, 128)
+        key = tl.load(ptr_key + plan_base + slot)
+        start = tl.load(ptr_start + plan_base + slot)
+        expiry = tl.load(ptr_expiry + plan_base + slot)
+
+        # Queries of the epoch, from its first on, that see any of the slots, and that see all.
+        end = tl.maximum(position + num, 0)
+        from_any = tl.maximum(tl.min(start, 0) - position, 0)
+        to_any = tl.minimum(tl.minimum(tl.max(expiry, 0), end) - position, num)
+        from_all = tl.maximum(tl.minimum(tl.max(start, 0), end) - position, 0)
+        to_all = tl.maximum(tl.minimum(tl.min(expiry, 0), end) - position, 0)
+        if CLAMPS:
+            from_any = tl.where(tl.min(start, 0) <= 0, 0, from_any)
+            from_all = tl.where(tl.max(start, 0) <= 0, 0, from_all)
+        tile_0 = from_any * GROUP // BLOCK_M
+        tile_1 = tl.maximum(tl.cdiv(to_any * GROUP, BLOCK_M), tile_0)
+        full_0 = tl.minimum(tl.cdiv(from_all * GROUP, BLOCK_M), tile_1)
+        # The last tile of the epoch may be short: what it lacks has no probability.
+        full_1 = tl.where(to_all >= num, tile_1, to_all * GROUP // BLOCK_M)
+        full_1 = tl.maximum(tl.minimum(full_1, tile_1), full_0)
+
+        if not TMA_Q:
+            tiles_q += row_offsets(i_batch, sqb, ALIGNED)
+        if not TMA_GRAD:
+            tiles_grad += row_offsets(i_batch, sgb, GRAD_ALIGNED)
+        ptr_norm += (i_row * query_len + first) * GROUP
+        ptr_delta += (i_row * query_len + first) * GROUP
+        ptr_k += row_offsets(i_batch, skb, ALIGNED_KV) + row_offsets(i_head, skh, ALIGNED_KV)
+        ptr_v += row_offsets(i_batch, svb, ALIGNED_KV) + row_offsets(i_head, svh, ALIGNED_KV)
+        k = load_rows(ptr_k, row_offsets(key, skn, ALIGNED_KV), key >= 0, D, BLOCK_D, True)  # [N, D]
+        v = load_rows(ptr_v, row_offsets(key, svn, ALIGNED_KV), key >= 0, D, BLOCK_D, True)  # [N, D]
+        stride_member = num_epochs.to(tl.int64) * num_slots
+        slot_base = tl.multiple_of((i_local * num_epochs + i_epoch) * num_slots, 128)
+        bias = tl.zeros([BLOCK_N], tl.float32)
+        grad_bias = tl.zeros([BLOCK_N], tl.float32)
+        if KEY_BIAS == "kv head":
+            bias = tl.load(ptr_slot_bias + slot_base + slot)
+        elif KEY_BIAS == "head":
+            bias_base = (i_local * GROUP * num_epochs + i_epoch) * num_slots
+            ptr_slot_bias += (bias_base + slot)[:, None]
+            grad_bias = tl.zeros([BLOCK_N, GROUP_PAD], tl.float32)
+        if PAIR_BIAS:
+            ptr_pair += i_batch * spb + i_head * spk
+
+        grad_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        grad_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        for tile in tl.range(full_0, full_1, num_stages=STAGES):
+            grad_k, grad_v, grad_bias = _add_tile(
+                k, v, bias, start, expiry, grad_k, grad_v, grad_bias, tile, i_batch, i_head, first, num,
+                position, key, tiles_q, tiles_grad, ptr_norm, ptr_delta, ptr_slot_bias, ptr_pair,
+                stride_member, sqn, sqh, sgn, sgh, sgd, spg, spq, spn, scale, softcap,
+                False, GROUP, D, BLOCK_D, BLOCK_M, KEY_BIAS, PAIR_BIAS, HAS_SOFTCAP, NEEDS_KEY,
+                NEEDS_VALUE, NEEDS_BIAS, CLAMPS, ALIGNED, GRAD_ALIGNED, TMA_Q, TMA_GRAD,
+            )  # fmt: skip
+        num_before = full_0 - tile_0
+        for i in tl.range(0, num_before + tile_1 - full_1, num_stages=STAGES):
+            tile = tl.where(i < num_before, tile_0 + i, full_1 - num_before + i)
+            grad_k, grad_v, grad_bias = _add_tile(
+                k, v, bias, start, expiry, grad_k, grad_v, grad_bias, tile, i_batch, i_head, first, num,
+                position, key, tiles_q, tiles_grad, ptr_norm, ptr_delta, ptr_slot_bias, ptr_pair,
+                stride_member, sqn, sqh, sgn, sgh, sgd, spg, spq, spn, scale, softcap,
+                True, GROUP, D, BLOCK_D, BLOCK_M, KEY_BIAS, PAIR_BIAS, HAS_SOFTCAP, NEEDS_KEY,
+                NEEDS_VALUE, NEEDS_BIAS, CLAMPS, ALIGNED, GRAD_ALIGNED, TMA_Q, TMA_GRAD,
+            )  # fmt: skip
+
+        out = slot_base + slot
+        if NEEDS_KEY:
+            store_rows(ptr_part_k, out * D, key >= 0, grad_k * softmax_scale, D, BLOCK_D)
+        if NEEDS_VALUE:
+            store_rows(ptr_part_v, out * D, key >= 0, grad_v, D, BLOCK_D)
+        if NEEDS_BIAS:
+            if KEY_BIAS == "head":
+                member = tl.arange(0, GROUP_PAD)
+                ptrs = ptr_part_bias + (out * GROUP)[:, None] + member[None, :]
+                tl.store(ptrs, grad_bias, mask=(member < GROUP)[None, :])
+            else:
+                tl.store(ptr_part_bias + out, grad_bias)
+
+
+@triton.jit(do_not_specialize=_INTS)
+def reduce_kernel(
+    ptr_part_k, ptr_part_v, ptr_part_bias, ptr_use_end, ptr_use_slot, ptr_grad_k, ptr_grad_v,
+    ptr_grad_bias, key_len, num_epochs, num_slots, num_blocks, row_0,
+    HEADS_KV: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    MEMBERS_PAD: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    NEEDS_KEY: tl.constexpr,
+    NEEDS_VALUE: tl.constexpr,
+    NEEDS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """One program per (row, block of keys): the sum over the epochs of each key, zero if it has none."""
+    i_local, i_block = row_and_rest(num_blocks)
+    i_row = row_0 + i_local
+    key = i_block * BLOCK_K + tl.arange(0, BLOCK_K)  # [K]
+    live = key < key_len
+    index = i_row * key_len + key
+    end = tl.load(ptr_use_end + index, mask=live, other=0)
+    begin = tl.load(ptr_use_end + index - 1, mask=live & (index > 0), other=0)
+    uses = (end - begin).to(tl.int32)
+    part_base = i_local * num_epochs * num_slots
+    grad_k = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    grad_v = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    grad_bias = tl.zeros([BLOCK_K, MEMBERS_PAD], tl.float32)
+    member = tl.arange(0, MEMBERS_PAD)
+    for i in tl.range(0, tl.max(uses, 0), num_stages=STAGES):
+        used = i < uses
+        slot = part_base + tl.load(ptr_use_slot + begin + i, mask=used, other=0)
+        if NEEDS_KEY:
+            grad_k += load_rows(ptr_part_k, slot * D, used, D, BLOCK_D, True)
+        if NEEDS_VALUE:
+            grad_v += load_rows(ptr_part_v, slot * D, used, D, BLOCK_D, True)
+        if NEEDS_BIAS:
+            ptrs = ptr_part_bias + (slot * MEMBERS)[:, None] + member[None, :]
+            grad_bias += tl.load(ptrs, mask=used[:, None] & (member < MEMBERS)[None, :], other=0.0)
+    out = (i_row // HEADS_KV * key_len + key) * HEADS_KV + i_row % HEADS_KV
+    if NEEDS_KEY:
+        store_rows(ptr_grad_k, out * D, live, grad_k, D, BLOCK_D)
+    if NEEDS_VALUE:
+        store_rows(ptr_grad_v, out * D, live, grad_v, D, BLOCK_D)
+    if NEEDS_BIAS:
+        offs = (i_row * MEMBERS + member)[None, :] * key_len + key[:, None]
+        tl.store(
+            ptr_grad_bias + offs, grad_bias, mask=live[:, None] & (member < MEMBERS)[None, :]
+        )
+
+
+def run_grad_key(
+    plan: Plan,
+    saved: Saved,
+    call: Call,
+    config: TileConfig,
+    grad_key: Tensor | None,
+    grad_value: Tensor | None,
+    grad_bias: Tensor | None,
+) -> None:
+    """Fill the gradients that are not ``None``, some rows after the others to bound memory.
+
+    Args:
+        plan, saved, call: Of the call; delta is filled.
+        config: Tile sizes.
+        grad_key: ``[B, K, Hkv, D]``, contiguous.
+        grad_value: ``[B, K, Hkv, D]``, contiguous.
+        grad_bias: fp32 ``[B, Hkv * members, 1, K]``, contiguous, of a bias per key.
+    """
+    query, key, value = saved.query, saved.key, saved.value
+    batch, key_len, heads_kv, head_dim = key.shape
+    group = query.shape[2] // heads_kv
+    members = 1 if call.bias is None else call.bias.members
+    flags = {
+        "NEEDS_KEY": grad_key is not None,
+        "NEEDS_VALUE": grad_value is not None,
+        "NEEDS_BIAS": grad_bias is not None,
+    }
+    rows = batch * heads_kv
+    chunk = partial_rows(rows, plan.num_epochs * plan.num_slots * head_dim, query, key)
+
+    def part(wanted: bool, *last: int) -> Tensor | None:
+        shape = (chunk, plan.num_epochs, plan.num_slots, *last)
+        return torch.empty(shape, dtype=torch.float32, device=key.device) if wanted else None
+
+    part_key, part_value = part(grad_key is not None, head_dim), part(grad_value is not None, head_dim)
+    part_bias = part(grad_bias is not None, members)
+    tiles_q: Any = None
+    tiles_grad: Any = None
+    if has_tma(architecture_of(query.device)):
+        tiles_q = query_tiles(query, group, config.block_m)
+        tiles_grad = query_tiles(saved.grad_out, group, config.block_m)
+    num_blocks = triton.cdiv(plan.num_slots, config.block_n)
+    block_k = max(1, 2048 // padded_head_dim(head_dim))
+    key_blocks = triton.cdiv(key_len, block_k)
+    for row in range(0, rows, chunk):
+        now = range(row, min(row + chunk, rows))
+        slots = copy_slots(plan, key, value, call.bias, now, with_rows=False)
+        grad_key_kernel[(len(now) * plan.num_epochs * num_blocks,)](
+            tiles_q or query, key, value, tiles_grad or saved.grad_out, saved.norm, saved.delta,
+            part_key, part_value, part_bias, plan.slot_key, plan.slot_start, plan.slot_expiry,
+            plan.counts, plan.epochs, slots.bias, call.pair_tensor, *call.factors, call.softmax_scale,
+            query.shape[1], plan.key_len, plan.epoch_len, plan.num_epochs, num_blocks, plan.old_slots,
+            plan.num_slots, row, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
+            *saved.grad_out.stride(), *call.pair_strides, HEADS_KV=heads_kv, GROUP=group,
+            GROUP_PAD=triton.next_power_of_2(members), D=head_dim, BLOCK_D=padded_head_dim(head_dim),
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, STAGES=config.num_stages, **call.flags,
+            **flags, CLAMPS=plan.clamps_positions, PACKED=plan.epochs is not None,
+            ALIGNED=is_aligned(query), ALIGNED_KV=is_aligned(key, value),
+            GRAD_ALIGNED=is_aligned(saved.grad_out), TMA_Q=tiles_q is not None,
+            TMA_GRAD=tiles_grad is not None, num_warps=config.num_warps,
+        )  # fmt: skip
+        reduce_kernel[(len(now) * key_blocks,)](
+            part_key, part_value, part_bias, plan.use_end, plan.use_slot, grad_key, grad_value,
+            grad_bias, key_len, plan.num_epochs, plan.num_slots, key_blocks, row, HEADS_KV=heads_kv,
+            MEMBERS=members, MEMBERS_PAD=triton.next_power_of_2(members), D=head_dim,
+            BLOCK_D=padded_head_dim(head_dim), BLOCK_K=block_k, STAGES=2, **flags, num_warps=4,
+        )  # fmt: skip
