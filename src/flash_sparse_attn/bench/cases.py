@@ -78,7 +78,10 @@ class Case:
 
 @dataclass
 class Inputs:
-    """``query``, ``grad_out [B, N, H, D]``, ``key``, ``value [B, N, Hkv, D]``, ``scores [B, Hkv, N]``."""
+    """The tensors of a case.
+
+    ``query``, ``grad_out [B, N, H, D]``; ``key``, ``value [B, N, Hkv, D]``; ``scores [B, Hkv, N]``.
+    """
 
     query: Tensor
     key: Tensor

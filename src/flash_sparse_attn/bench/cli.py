@@ -118,8 +118,8 @@ def _report(rows: list[Row], remarks: list[str], facts: dict[str, Row]) -> str:
     lines.append(table(_COLUMNS, [_cells(row) for row in rows]))
     lines += [
         "",
-        "Medians; the total includes the selection or mask building. Memory is the peak above the",
-        "inputs. The error is the largest of output and gradients, against fp64 at a reduced length.",
+        "Medians; the total includes selection or mask building. Memory is the peak above the",
+        "inputs. The error is the largest of output and gradients against fp64 at reduced length.",
     ]
     found = verdicts(rows)
     if found:

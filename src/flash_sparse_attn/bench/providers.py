@@ -136,7 +136,7 @@ def verify(case: Case, name: str) -> dict[str, float]:
     error of plain PyTorch in the same dtype, plus 1e-5. A selection has to be equal.
 
     Returns:
-        The largest error of ``out`` and of each gradient; for a selection the number of wrong pairs.
+        The largest error of ``out`` and of each gradient; of a selection the number of wrong pairs.
 
     Raises:
         WrongResult: The rule is broken.

@@ -21,22 +21,26 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class CostSettings:
-    """Shapes that are measured, each in a process of its own.
+    """Shapes that are measured, each in a process of its own; a GPU adds longer sequences.
 
     Attributes:
         lengths: Of the sequence.
+        gpu_lengths: More of them on a GPU, where short ones take no time.
         window: Keys that a query sees.
         masked_up_to: Longest sequence for SDPA with a stored mask: memory grows as its square.
         budget_seconds: No new repetition is started after this time.
     """
 
     lengths: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384)
+    gpu_lengths: tuple[int, ...] = (32768, 65536)
     window: int = 256
     masked_up_to: int = 4096
     budget_seconds: float = 2.0
 
 
-QUICK = CostSettings(lengths=(256,), window=32, masked_up_to=256, budget_seconds=0.1)
+QUICK = CostSettings(
+    lengths=(256,), gpu_lengths=(), window=32, masked_up_to=256, budget_seconds=0.1
+)
 
 
 def make_case(settings: CostSettings, length: int, device: torch.device) -> Case:
@@ -58,12 +62,13 @@ def make_case(settings: CostSettings, length: int, device: torch.device) -> Case
 
 def run(settings: CostSettings, device: torch.device) -> dict[str, Any]:
     """Check every method against fp64, then time it; see `describe` for what is printed."""
-    cases = {length: make_case(settings, length, device) for length in settings.lengths}
-    first = cases[settings.lengths[0]]
+    lengths = settings.lengths + (settings.gpu_lengths if device.type == "cuda" else ())
+    cases = {length: make_case(settings, length, device) for length in lengths}
+    first = cases[lengths[0]]
     errors = {name: max(verify(first, name).values()) for name in COLUMNS}
     jobs = [
         (name, length)
-        for length in settings.lengths
+        for length in lengths
         for name in COLUMNS
         if name != "sdpa-masked" or length <= settings.masked_up_to
     ]
@@ -82,30 +87,34 @@ def describe(results: dict[str, Any]) -> str:
     settings: CostSettings = results["settings"]
     case: Case = results["case"]
     measured, errors = results["measured"], results["errors"]
-    shortest, longest = settings.lengths[0], settings.lengths[-1]
     ours, dense = measured["ours"], measured["sdpa-causal"]
+    lengths = list(ours)
+    shortest, longest = lengths[0], lengths[-1]
     header = ["length", *COLUMNS.values(), "dense / ours", "memory ours", "dense", "N x N mask"]
     worst = ", ".join(f"{COLUMNS[name]} {error:.0e}" for name, error in errors.items())
     lines = [
         paragraph(
             f"Forward and backward pass with all gradients: batch {case.batch}, {case.heads} query",
             f"heads, {case.kv_heads} KV heads of {case.head_dim}, {case.dtype}, random scores, "
-            f"{case.window} keys for every query, selection included; medians. Dense causal SDPA reads",
-            "all keys and has no learned bias: a different function, the usual one. SDPA with a stored",
+            f"{case.window} keys for every query, selection included; medians. Dense causal SDPA",
+            "reads",
+            "all keys and has no learned bias: a different function, the usual one. SDPA with a",
+            "stored",
             "N x N mask and bias computes the same function as ours (mask building included).",
         ),
         "",
-        table(header, [_row(length, measured) for length in settings.lengths]),
+        table(header, [_row(length, measured) for length in lengths]),
         "",
         paragraph(
-            "Each in a process of its own; memory is the peak above the inputs. Largest error of output",
+            "Each in a process of its own; memory is the peak above the inputs. Largest error of",
+            "output",
             f"and gradients against fp64: {worst}.",
         ),
         "",
     ]
     ratio = _seconds(dense[longest]) / _seconds(ours[longest])
     if ratio >= 1:
-        first = next(n for n in settings.lengths if _seconds(ours[n]) < _seconds(dense[n]))
+        first = next(n for n in lengths if _seconds(ours[n]) < _seconds(dense[n]))
         verdict = f"{ratio:.1f} times faster than dense causal SDPA, and faster from {first} on."
     else:
         verdict = f"{1 / ratio:.1f} times SLOWER than dense causal SDPA."
@@ -113,7 +122,8 @@ def describe(results: dict[str, Any]) -> str:
     lines.append(
         paragraph(
             f"Answer: at length {longest} the dynamic mask is {verdict}",
-            f"From {shortest} to {longest} tokens, {longest // shortest} times as many, its time grows",
+            f"From {shortest} to {longest} tokens, {longest // shortest} times as many, its time",
+            "grows",
             f"{growth[0]:.1f} times, that of dense attention {growth[1]:.1f} times.",
         )
     )

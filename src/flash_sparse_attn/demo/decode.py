@@ -74,7 +74,8 @@ def run(
 def _generate(
     settings: DecodeSettings, model: SmallModel, text: Tensor, bar: Progress
 ) -> tuple[Tensor, Tensor, list[int]]:
-    """Tokens ``[1, prompt + generated]``, logits ``[1, generated, 256]``, cache bytes at each step."""
+    """Tokens ``[1, prompt + generated]``, logits ``[1, generated, 256]``, cache bytes at each",
+    "step."""
     caches = model.make_caches(1)
     tokens = text[:, : settings.prompt]
     rows, sizes = [model(tokens, last=1, caches=caches)], [_bytes(caches)]
@@ -150,8 +151,10 @@ def describe(results: dict[str, Any]) -> str:
     return "\n".join(
         [
             paragraph(
-                f"The dynamic mask model of question c reads {settings.prompt} bytes of held-out text and",
-                f"writes {settings.generated}, one by one, in fp32. Every step is compared with one pass",
+                f"The dynamic mask model of question c reads {settings.prompt} bytes of held-out",
+                "text and",
+                f"writes {settings.generated}, one by one, in fp32. Every step is compared with",
+                "one pass",
                 "over the whole text, without a cache.",
             ),
             "",
@@ -165,8 +168,10 @@ def describe(results: dict[str, Any]) -> str:
             f"  it wrote         {own[:60].decode('latin-1')!r}",
             "",
             paragraph(
-                f"Answer: decoding is {'exact up to rounding' if exact else 'NOT EXACT'}. The cache {same};",
-                f"with {context_growth:.0f} times the context a token takes {time_growth:.2f} times the",
+                f"Answer: decoding is {'exact up to rounding' if exact else 'NOT EXACT'}. The",
+                f"cache {same};",
+                f"with {context_growth:.0f} times the context a token takes {time_growth:.2f}",
+                "times the",
                 "time.",
             ),
         ]

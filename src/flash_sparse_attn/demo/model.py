@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -78,6 +79,26 @@ class PlainAttention(nn.Module):
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
+class _Block(nn.Module):
+    """Attention and, if there is one, the feed-forward part, each after a norm and residual."""
+
+    def __init__(self, config: ModelConfig, kind: str) -> None:
+        super().__init__()
+        width, inner = config.width, config.feed_forward * config.width
+        self.attention_norm = nn.RMSNorm(width)
+        self.attention = _attention(config, kind)
+        self.feed_forward = None
+        if inner:
+            self.feed_forward = nn.Sequential(
+                nn.RMSNorm(width), nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width)
+            )
+
+    def forward(self, hidden: Tensor, cache: WindowCache | None) -> Tensor:
+        options = {} if cache is None else {"cache": cache}
+        hidden = hidden + self.attention(self.attention_norm(hidden), **options)
+        return hidden if self.feed_forward is None else hidden + self.feed_forward(hidden)
+
+
 class SmallModel(nn.Module):
     """Embedding, residual layers of attention and feed-forward, and a linear read-out.
 
@@ -91,7 +112,7 @@ class SmallModel(nn.Module):
         self.config, self.kind = config, kind
         self.embedding = nn.Embedding(config.tokens, config.width)
         nn.init.normal_(self.embedding.weight, std=0.5)
-        self.blocks = nn.ModuleList(_block(config, kind) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(_Block(config, kind) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.width)
         self.read_out = nn.Linear(config.width, config.classes, bias=False)
 
@@ -108,10 +129,7 @@ class SmallModel(nn.Module):
         """
         hidden = self.embedding(tokens)
         for index, block in enumerate(self.blocks):
-            cache = {} if caches is None else {"cache": caches[index]}
-            hidden = hidden + block["attention"](block["attention_norm"](hidden), **cache)
-            if self.config.feed_forward:
-                hidden = hidden + block["feed_forward"](block["feed_forward_norm"](hidden))
+            hidden = block(hidden, None if caches is None else caches[index])
         if last is not None:
             hidden = hidden[:, -last:]
         return self.read_out(self.norm(hidden))
@@ -128,7 +146,7 @@ class SmallModel(nn.Module):
     def dynamic_layers(self) -> Iterator[DynamicMaskAttention]:
         """The attention layers of a model of the kind ``"dynamic"``."""
         for block in self.blocks:
-            attention = block["attention"]
+            attention = cast(_Block, block).attention
             if not isinstance(attention, DynamicMaskAttention):
                 raise TypeError(f"kind: expected a 'dynamic' model, got {self.kind!r}")
             yield attention
@@ -182,17 +200,6 @@ def train(
 def precision(device: torch.device) -> torch.autocast:
     """fp32 on the CPU; bf16 autocast on a GPU, whose kernels take 16-bit inputs."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-
-
-def _block(config: ModelConfig, kind: str) -> nn.ModuleDict:
-    parts = {"attention_norm": nn.RMSNorm(config.width), "attention": _attention(config, kind)}
-    if config.feed_forward:
-        width, inner = config.width, config.feed_forward * config.width
-        parts["feed_forward_norm"] = nn.RMSNorm(width)
-        parts["feed_forward"] = nn.Sequential(
-            nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width)
-        )
-    return nn.ModuleDict(parts)
 
 
 def _attention(config: ModelConfig, kind: str) -> nn.Module:

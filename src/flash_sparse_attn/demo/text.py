@@ -17,7 +17,6 @@ from torch import Tensor
 from ..bench.console import Progress, paragraph, table
 from .model import KINDS, ModelConfig, SmallModel, precision, train
 
-
 CONFIG = ModelConfig(
     tokens=256,
     classes=256,
@@ -130,14 +129,17 @@ def describe(results: dict[str, Any]) -> str:
     return "\n".join(
         [
             paragraph(
-                f"Text: {corpus.files} source files of this Python's standard library, {size:.1f} MB,",
+                f"Text: {corpus.files} source files of this Python's standard library, {size:.1f}",
+                "MB,",
                 f"every tenth file held out; sha256 {corpus.digest}.",
             ),
             paragraph(
                 f"Model: {config.layers} layers, width {config.width}, {config.heads} heads of",
-                f"{config.head_dim}, {config.kv_heads} KV heads; sliding window and dynamic mask read",
+                f"{config.head_dim}, {config.kv_heads} KV heads; sliding window and dynamic mask",
+                "read",
                 f"{config.window} bytes. Training, the same for all: {settings.steps} steps of",
-                f"{settings.batch} x {settings.length} bytes, AdamW, rate {settings.learning_rate:g},",
+                f"{settings.batch} x {settings.length} bytes, AdamW, rate",
+                f"{settings.learning_rate:g},",
                 f"seed {settings.seed}. Losses in nats per byte; held out:",
                 f"{settings.test_sequences} x {settings.length} bytes.",
             ),
@@ -145,9 +147,11 @@ def describe(results: dict[str, Any]) -> str:
             table(header, rows),
             "",
             paragraph(
-                f"Answer: reading {config.window} of up to {settings.length} bytes, the dynamic mask's",
+                f"Answer: reading {config.window} of up to {settings.length} bytes, the dynamic",
+                "mask's",
                 f"held-out loss is {_compare(dynamic, full)} that of full attention and",
-                f"{_compare(dynamic, window)} that of the sliding window. The training is brief: this",
+                f"{_compare(dynamic, window)} that of the sliding window. The training is brief:",
+                "this",
                 "shows that the mask trains on real text, not how large models compare.",
             ),
         ]

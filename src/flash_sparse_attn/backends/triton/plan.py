@@ -116,10 +116,30 @@ def _pad(ptr_key, ptr_start, ptr_expiry, used):
     tl.store(ptr_expiry + slot, 0, mask=mask)
 
 
+@triton.jit
+def _recent_begin(ptr_mask, at, keep_recent, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr):
+    """The oldest key that position `at` sees for being recent; with a mask only real keys count."""
+    if HAS_MASK:
+        need = tl.maximum(keep_recent, 1)
+        last = at
+        begin = 0
+        while (need > 0) & (last >= 0):
+            key = last - tl.arange(0, BLOCK)  # [BLOCK] newest first
+            real = (tl.load(ptr_mask + key, mask=key >= 0, other=0) != 0).to(tl.int32)
+            found = tl.sum((tl.cumsum(real, 0) < need).to(tl.int32), 0)
+            begin = tl.where(found < BLOCK, last - found, begin)
+            need = tl.where(found < BLOCK, 0, need - tl.sum(real, 0))
+            last -= BLOCK
+        return begin
+    else:
+        return at - tl.maximum(keep_recent, 1) + 1
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def _collect_kernel(
     ptr_start,
     ptr_expiry,
+    ptr_mask,
     ptr_coarse,
     ptr_coarse_counts,
     ptr_epochs,
@@ -138,6 +158,8 @@ def _collect_kernel(
     coarse_len,
     num_coarse,
     keep_recent,
+    HEADS_KV: tl.constexpr,
+    HAS_MASK: tl.constexpr,
     RANKED: tl.constexpr,
     CAUSAL: tl.constexpr,
     PACKED: tl.constexpr,
@@ -159,7 +181,9 @@ def _collect_kernel(
     low, high = position, position + num - 1
     if not CAUSAL:
         low, high = tl.maximum(low, 0), tl.maximum(high, 0)
-    new_begin = low - tl.maximum(keep_recent, 1) + 1
+    if HAS_MASK:
+        ptr_mask += i_row // HEADS_KV * key_len + key_0
+    new_begin = _recent_begin(ptr_mask, low, keep_recent, HAS_MASK, BLOCK)
     new_end = tl.minimum(high + 1, num_keys)
     if RANKED:
         old_end = tl.minimum(new_begin, num_keys)
@@ -176,7 +200,9 @@ def _collect_kernel(
     if FROM_COARSE:
         within = (i_epoch - epoch_0) * epoch_len
         i_coarse = (first - within) // coarse_len + seq + within // coarse_len
-        coarse_begin = new_begin - within % coarse_len
+        coarse_begin = _recent_begin(
+            ptr_mask, low - within % coarse_len, keep_recent, HAS_MASK, BLOCK
+        )
         scan_begin = tl.maximum(coarse_begin, 0)
         ptr_coarse += (i_row * num_coarse + i_coarse) * old_slots
         listed = 0
@@ -480,7 +506,12 @@ def build_plan(
     table = None if packed is None else _epoch_table(packed, query_len, epoch_len)
     facts = {"RANKED": ranked, "CAUSAL": is_causal, "PACKED": packed is not None}
     intervals = (selection.start, selection.expiry)
-    scan = {"BLOCK": 4096, "STAGES": 3, "num_warps": 16}
+    # Padding does not count among the recent keys.
+    mask = selection.key_mask.contiguous() if recent and selection.key_mask is not None else None
+    scan = {
+        "HEADS_KV": selection.start.shape[-2], "HAS_MASK": mask is not None,
+        "BLOCK": 4096, "STAGES": 3, "num_warps": 16,
+    }  # fmt: skip
     sizes = (query_len, key_len)
 
     if ranked and query_len > 2 * _COARSE > 2 * epoch_len:
@@ -490,12 +521,12 @@ def build_plan(
             coarse_table = _epoch_table(packed, query_len, _COARSE)
         coarse_list, coarse_counts = ints(rows, num_coarse, old_slots), ints(rows, num_coarse, 2)
         _collect_kernel[(rows * num_coarse,)](
-            *intervals, None, None, coarse_table, coarse_list, None, None, None, coarse_counts, None,
+            *intervals, mask, None, None, coarse_table, coarse_list, None, None, None, coarse_counts, None,
             *sizes, _COARSE, num_coarse, old_slots, num_slots, _COARSE, 0, recent,
             **facts, FROM_COARSE=False, ONLY_OLD=True, **scan,
         )  # fmt: skip
     _collect_kernel[(rows * num_epochs,)](
-        *intervals, coarse_list, coarse_counts, table, listed, slot_key, slot_start, slot_expiry,
+        *intervals, mask, coarse_list, coarse_counts, table, listed, slot_key, slot_start, slot_expiry,
         counts, entered, *sizes, epoch_len, num_epochs, old_slots, num_slots, _COARSE, num_coarse,
         recent, **facts, FROM_COARSE=coarse_list is not None, ONLY_OLD=False, **scan,
     )  # fmt: skip
