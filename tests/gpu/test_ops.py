@@ -50,7 +50,7 @@ def test_operators_pass_opcheck():
     intervals = (selection.start, selection.expiry, selection.score)
     torch.library.opcheck(
         torch.ops.flash_sparse_attn.plan,
-        (*intervals, None, None, "causal", 32, 0, 0, 130, True, True),
+        (*intervals, None, None, None, "causal", 32, 0, 0, 130, True, True),
         # Slots past the last used block are not written.
         test_utils=("test_schema", "test_faketensor"),
     )

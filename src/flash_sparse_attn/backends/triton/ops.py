@@ -23,8 +23,8 @@ _library.define(
     " int keep_first, int keep_recent) -> (Tensor, Tensor)"
 )
 _library.define(
-    "plan(Tensor start, Tensor expiry, Tensor score, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k,"
-    " str mode, int window_size, int keep_first, int keep_recent, SymInt query_len, bool is_causal,"
+    "plan(Tensor start, Tensor expiry, Tensor score, Tensor? key_mask, Tensor? cu_seqlens_q,"
+    " Tensor? cu_seqlens_k, str mode, int window_size, int keep_first, int keep_recent, SymInt query_len, bool is_causal,"
     " bool for_backward) -> Tensor[]"
 )
 _CALL = "float softmax_scale, float softcap, bool clamps_positions, SymInt[] sizes"
@@ -64,6 +64,7 @@ def _plan(
     start: Tensor,
     expiry: Tensor,
     score: Tensor,
+    key_mask: Tensor | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
     mode: str,
@@ -76,7 +77,9 @@ def _plan(
 ) -> list[Tensor]:
     from .plan import build_plan
 
-    selection = KeySelection(start, expiry, score, mode, window_size, keep_first, keep_recent)
+    selection = KeySelection(
+        start, expiry, score, mode, window_size, keep_first, keep_recent, key_mask
+    )
     packed = None
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
         packed = PackedSequences(cu_seqlens_q, cu_seqlens_k, query_len, start.shape[-1])
@@ -151,6 +154,7 @@ def _(
     start: Tensor,
     expiry: Tensor,
     score: Tensor,
+    key_mask: Tensor | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
     mode: str,
@@ -245,6 +249,7 @@ def plan(
         selection.start,
         selection.expiry,
         selection.score,
+        selection.key_mask,
         None if packed is None else packed.cu_seqlens_q,
         None if packed is None else packed.cu_seqlens_k,
         selection.mode,
