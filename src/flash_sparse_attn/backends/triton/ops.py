@@ -24,8 +24,8 @@ _library.define(
 )
 _library.define(
     "plan(Tensor start, Tensor expiry, Tensor score, Tensor? key_mask, Tensor? cu_seqlens_q,"
-    " Tensor? cu_seqlens_k, str mode, int window_size, int keep_first, int keep_recent, SymInt query_len, bool is_causal,"
-    " bool for_backward) -> Tensor[]"
+    " Tensor? cu_seqlens_k, str mode, int window_size, int keep_first, int keep_recent,"
+    " SymInt query_len, bool is_causal, bool for_backward) -> Tensor[]"
 )
 _CALL = "float softmax_scale, float softcap, bool clamps_positions, SymInt[] sizes"
 _library.define(

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .select_rows import _NEVER, Rows, SelectTiles, always_kept, encode, sequence_of
+from .select_rows import _NEVER, PER_CALL, Rows, SelectTiles, always_kept, encode, sequence_of
 from .words import (
     _PADDING,
     bits_within,
@@ -41,6 +41,23 @@ _NO_KEY = tl.constexpr(-(2**63))
 
 # A length of nodes beyond that of any sequence.
 _UNCUT = 2**31 - 1
+
+# Arguments whose value must not compile a kernel anew.
+_SIZES = [
+    *PER_CALL,
+    "window",
+    "parent_len",
+    "parent_slots",
+    "child_len",
+    "child_slots",
+    "is_local",
+    "state_words",
+    "n_nodes",
+    "is_merge",
+    "keep_first",
+    "keep_recent",
+    "slots",
+]
 
 
 @triton.jit
@@ -91,18 +108,15 @@ def _store_slots(ptr_lists, i_list, n_lists, slots, slot, index, live, ptr_score
     tl.store(ptr, planes, mask=(offs_w < slots // 32)[:, None])
 
 
-@triton.jit(do_not_specialize=[
-    "key_len", "heads", "n_seqs", "row_words", "window",
-    "parent_len", "parent_slots", "child_len", "child_slots",
-])  # fmt: skip
+@triton.jit(do_not_specialize=_SIZES)
 def _list_kernel(ptr_score, ptr_mask, ptr_cu, ptr_planes, ptr_parents, ptr_children,
                  key_len, heads, n_seqs, row_words, window,
-                 parent_len, parent_slots, child_len, child_slots,
-                 LOCAL: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr,
+                 parent_len, parent_slots, child_len, child_slots, is_local,
+                 HAS_MASK: tl.constexpr, PACKED: tl.constexpr,
                  BLOCK_W: tl.constexpr, BLOCK_S: tl.constexpr):  # fmt: skip
     """The list of one node, from its parent's list and the parent's keys before the node.
 
-    `LOCAL`: the best `child_slots` keys of the node before it.
+    `is_local`: the best `child_slots` keys of the node before it instead.
     """
     i_row, begin, end, start = _locate(
         tl.program_id(0), ptr_cu, key_len, n_seqs, child_len, PACKED
@@ -114,12 +128,12 @@ def _list_kernel(ptr_score, ptr_mask, ptr_cu, ptr_planes, ptr_parents, ptr_child
     parent, above, n_list = _list_of(begin, low, window, parent_len)
     worst = window - above
     best = worst - child_len
-    if LOCAL:
+    if is_local:
         n_child = child_slots
         low = start - child_len
-        n_list = 0
+        n_list = n_list * 0
         worst = child_slots
-        best = 0
+        best = worst * 0
     ptr_score += i_row * key_len
     ptr_mask += i_row // heads * key_len
     parents = key_len // parent_len
@@ -153,18 +167,15 @@ def _list_kernel(ptr_score, ptr_mask, ptr_cu, ptr_planes, ptr_parents, ptr_child
                      ptr_score, ptr_mask, HAS_MASK, BLOCK_S)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=[
-    "key_len", "heads", "n_seqs", "row_words", "window", "child_len", "child_slots",
-    "state_words", "n_nodes",
-])  # fmt: skip
+@triton.jit(do_not_specialize=_SIZES)
 def _prefix_kernel(ptr_score, ptr_mask, ptr_cu, ptr_planes, ptr_locals, ptr_children, ptr_state,
                    key_len, heads, n_seqs, row_words, window, child_len, child_slots,
-                   state_words, n_nodes,
-                   MERGE: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr,
+                   state_words, n_nodes, is_merge,
+                   HAS_MASK: tl.constexpr, PACKED: tl.constexpr,
                    BLOCK_W: tl.constexpr, BLOCK_S: tl.constexpr):  # fmt: skip
     """Lists of nodes, each from all keys before the node, a program for every so many nodes.
 
-    `MERGE`: from the lists of the best keys of each node before it, instead of all keys.
+    `is_merge`: from the lists of the best keys of each node before it, instead of all keys.
     """
     ptr_state += tl.program_id(0).to(tl.int64) * 2 * state_words
     ptr_upto = ptr_state + state_words
@@ -177,17 +188,16 @@ def _prefix_kernel(ptr_score, ptr_mask, ptr_cu, ptr_planes, ptr_locals, ptr_chil
             row_mask = ptr_mask + i_row // heads * key_len
             row_children = ptr_children + i_row * 2 * children * child_slots
             row_locals = ptr_locals + i_row * 2 * children * child_slots
-            if MERGE:
+            first = begin // 32
+            low = begin - first * 32
+            high = start - first * 32
+            ptr_plane = ptr_planes + i_row * 32 * row_words + first
+            step = row_words
+            if is_merge:
                 first = begin // child_len
                 low = begin * 0
                 high = (start - begin) // child_len * child_slots
                 ptr_plane, step = _planes_of_list(row_locals, first, children, child_slots)
-            else:
-                first = begin // 32
-                low = begin - first * 32
-                high = start - first * 32
-                ptr_plane = ptr_planes + i_row * 32 * row_words + first
-                step = row_words
             n_words = (high + 31) // 32
             worst, worst_at = kth_best(
                 ptr_plane, step, ptr_state, n_words, low, high, window, False, BLOCK_W
@@ -231,10 +241,9 @@ def _prefix_kernel(ptr_score, ptr_mask, ptr_cu, ptr_planes, ptr_locals, ptr_chil
                 before = tl.load(ptr_upto + w - 1, mask=live & (w > 0), other=0)
                 marked = tl.load(ptr_state + w, mask=live, other=0)
                 place = w * 32 + nth_bit(marked, slot - before)
-                if MERGE:
+                index = first * 32 + place
+                if is_merge:
                     index = tl.load(row_locals + first * child_slots + place, mask=live, other=0)
-                else:
-                    index = first * 32 + place
                 _store_slots(row_children, child, children, child_slots, slot, index, live,
                              row_score, row_mask, HAS_MASK, BLOCK_S)  # fmt: skip
             tl.debug_barrier()
@@ -270,9 +279,7 @@ def _beaten_at(key, rivals, missing, CHUNK: tl.constexpr, BLOCK_R: tl.constexpr)
     return at
 
 
-@triton.jit(do_not_specialize=[
-    "key_len", "heads", "n_seqs", "row_words", "window", "keep_first", "keep_recent", "slots",
-])  # fmt: skip
+@triton.jit(do_not_specialize=_SIZES)
 def _chunk_kernel(ptr_score, ptr_mask, ptr_cu, ptr_planes, ptr_lists, ptr_rank, ptr_arrival,
                   ptr_expiry, key_len, heads, n_seqs, row_words, window, keep_first, keep_recent,
                   slots,
@@ -423,7 +430,7 @@ def _node_lists(
         parent_slots,
         length,
         slots,
-        LOCAL=parents is None,
+        parents is None,
         HAS_MASK=rows.has_mask,
         PACKED=rows.packed,
         BLOCK_W=tiles.words,
@@ -465,11 +472,11 @@ def _prefix_lists(
         slots,
         prefix_words,
         n_nodes,
-        MERGE=merge,
+        merge,
         HAS_MASK=rows.has_mask,
         PACKED=rows.packed,
         BLOCK_W=tiles.words,
         BLOCK_S=tiles.slots,
-        num_warps=tiles.set_warps,
+        num_warps=tiles.prefix_warps,
     )
     return children, slots

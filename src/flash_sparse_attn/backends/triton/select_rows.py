@@ -14,6 +14,9 @@ from .words import _PADDING, order_keys
 
 _NEVER = tl.constexpr(NEVER)
 
+# Arguments that every kernel has, and whose value or alignment must not compile it anew.
+PER_CALL = ["ptr_score", "ptr_mask", "ptr_cu", "key_len", "heads", "n_seqs", "row_words"]
+
 
 @dataclass(frozen=True)
 class SelectTiles:
@@ -23,25 +26,26 @@ class SelectTiles:
         chunk: Keys of a chunk, at least 64 and a power of two.
         node: Keys of a node, a power of two, at least twice `chunk`.
         words: Words that a program chooses from at once; sets of more are read so many at a time.
-        chunk_warps: Warps of a program that serves a chunk.
-        set_warps: Warps of a program that chooses from a set of `words` words.
-        prefixes: Programs that choose from whole prefixes; each needs memory for one.
-        encode: Words that a program encodes, by one warp.
-        keys: Keys of a program of the element-wise kernel.
         rivals: Keys of a chunk that are compared at a time.
         slots: Slots of a list that are written at a time.
+        prefixes: Programs that choose from whole prefixes; each needs memory for one.
+        encode: Words that a program encodes.
+        keys: Keys of a program of the element-wise kernel.
+        chunk_warps, set_warps, prefix_warps, encode_warps: Warps of a program of each kernel.
     """
 
     chunk: int = 64
     node: int = 1024
     words: int = 1024
-    chunk_warps: int = 2
-    set_warps: int = 8
-    prefixes: int = 264
+    rivals: int = 16
+    slots: int = 1024
+    prefixes: int = 528
     encode: int = 32
     keys: int = 1024
-    rivals: int = 32
-    slots: int = 1024
+    chunk_warps: int = 2
+    set_warps: int = 8
+    prefix_warps: int = 16
+    encode_warps: int = 1
 
 
 TILES = SelectTiles()
@@ -147,7 +151,7 @@ def always_kept(index, begin, ptr_rank, ptr_arrival, key_len, keep_first, keep_r
     return nth < keep_first, until
 
 
-@triton.jit(do_not_specialize=["key_len", "heads", "n_seqs", "row_words", "n_tiles"])
+@triton.jit(do_not_specialize=[*PER_CALL, "n_tiles"])
 def _encode_kernel(ptr_score, ptr_mask, ptr_cu, ptr_planes, ptr_start, ptr_expiry,
                    key_len, heads, n_seqs, row_words, n_tiles,
                    HAS_MASK: tl.constexpr, PACKED: tl.constexpr, BLOCK_W: tl.constexpr):  # fmt: skip
@@ -206,6 +210,6 @@ def encode(rows: Rows, tiles: SelectTiles, start: Tensor, expiry: Tensor) -> Ten
         HAS_MASK=rows.has_mask,
         PACKED=rows.packed,
         BLOCK_W=tiles.encode,
-        num_warps=1,
+        num_warps=tiles.encode_warps,
     )
     return planes
