@@ -78,7 +78,9 @@ def _capture(call, repeat: int) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def time_select(score: torch.Tensor, window_size: int, tiles: SelectTiles = TILES) -> tuple[float, float]:
+def time_select(
+    score: torch.Tensor, window_size: int, tiles: SelectTiles = TILES
+) -> tuple[float, float]:
     """Milliseconds of one selection: warm, and with a cold L2."""
 
     def call():

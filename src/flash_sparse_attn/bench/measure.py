@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -41,11 +42,15 @@ def measure_isolated(
         RuntimeError: The process failed; the message holds the end of its error output.
     """
     job = {"case": asdict(case), "provider": provider, "repeats": repeats, "budget": budget_seconds}
+    # The process finds this package even if only `sys.path` of this one leads to it.
+    paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     done = subprocess.run(
         [sys.executable, "-m", "flash_sparse_attn.bench.measure"],
         input=json.dumps(job),
         capture_output=True,
         text=True,
+        env=environment,
     )
     if done.returncode != 0:
         tail = "\n".join(done.stderr.strip().splitlines()[-3:])

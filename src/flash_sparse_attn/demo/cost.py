@@ -35,7 +35,7 @@ class CostSettings:
     gpu_lengths: tuple[int, ...] = (32768, 65536)
     window: int = 256
     masked_up_to: int = 4096
-    budget_seconds: float = 2.0
+    budget_seconds: float = 1.5
 
 
 QUICK = CostSettings(
@@ -84,7 +84,6 @@ def run(settings: CostSettings, device: torch.device) -> dict[str, Any]:
 
 def describe(results: dict[str, Any]) -> str:
     """The answer in words and a table."""
-    settings: CostSettings = results["settings"]
     case: Case = results["case"]
     measured, errors = results["measured"], results["errors"]
     ours, dense = measured["ours"], measured["sdpa-causal"]
@@ -95,20 +94,18 @@ def describe(results: dict[str, Any]) -> str:
     lines = [
         paragraph(
             f"Forward and backward pass with all gradients: batch {case.batch}, {case.heads} query",
-            f"heads, {case.kv_heads} KV heads of {case.head_dim}, {case.dtype}, random scores, "
+            f"heads, {case.kv_heads} KV heads of {case.head_dim}, {case.dtype}, random scores,",
             f"{case.window} keys for every query, selection included; medians. Dense causal SDPA",
-            "reads",
-            "all keys and has no learned bias: a different function, the usual one. SDPA with a",
-            "stored",
-            "N x N mask and bias computes the same function as ours (mask building included).",
+            "reads all keys and has no learned bias: a different function, the usual one. SDPA",
+            "with a stored N x N mask and bias computes the same function as ours (mask building",
+            "included).",
         ),
         "",
         table(header, [_row(length, measured) for length in lengths]),
         "",
         paragraph(
             "Each in a process of its own; memory is the peak above the inputs. Largest error of",
-            "output",
-            f"and gradients against fp64: {worst}.",
+            f"output and gradients against fp64: {worst}.",
         ),
         "",
     ]
@@ -121,9 +118,8 @@ def describe(results: dict[str, Any]) -> str:
     growth = [_seconds(x[longest]) / _seconds(x[shortest]) for x in (ours, dense)]
     lines.append(
         paragraph(
-            f"Answer: at length {longest} the dynamic mask is {verdict}",
-            f"From {shortest} to {longest} tokens, {longest // shortest} times as many, its time",
-            "grows",
+            f"Answer: at length {longest} the dynamic mask is {verdict} From {shortest} to",
+            f"{longest} tokens, {longest // shortest} times as many, its time grows",
             f"{growth[0]:.1f} times, that of dense attention {growth[1]:.1f} times.",
         )
     )

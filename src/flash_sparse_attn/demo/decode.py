@@ -152,10 +152,8 @@ def describe(results: dict[str, Any]) -> str:
         [
             paragraph(
                 f"The dynamic mask model of question c reads {settings.prompt} bytes of held-out",
-                "text and",
-                f"writes {settings.generated}, one by one, in fp32. Every step is compared with",
-                "one pass",
-                "over the whole text, without a cache.",
+                f"text and writes {settings.generated}, one by one, in fp32. Every step is",
+                "compared with one pass over the whole text, without a cache.",
             ),
             "",
             table(["generation with the cache and the whole pass", "measured"], comparison),
@@ -169,10 +167,8 @@ def describe(results: dict[str, Any]) -> str:
             "",
             paragraph(
                 f"Answer: decoding is {'exact up to rounding' if exact else 'NOT EXACT'}. The",
-                f"cache {same};",
-                f"with {context_growth:.0f} times the context a token takes {time_growth:.2f}",
-                "times the",
-                "time.",
+                f"cache {same}; with {context_growth:.0f} times the context a token takes",
+                f"{time_growth:.2f} times the time.",
             ),
         ]
     )

@@ -35,6 +35,7 @@ class ModelConfig:
         width: Width of the residual stream.
         layers, heads, kv_heads, head_dim: As usual.
         window: Keys that a query of the sliding window and of the dynamic mask sees.
+        recent: How many of the dynamic mask's `window` keys are the newest, whatever their score.
         feed_forward: Width of the feed-forward part over `width`; 0 for none.
     """
 
@@ -46,6 +47,7 @@ class ModelConfig:
     kv_heads: int
     head_dim: int
     window: int
+    recent: int = 0
     feed_forward: int = 0
 
 
@@ -207,7 +209,8 @@ def _attention(config: ModelConfig, kind: str) -> nn.Module:
         return DynamicMaskAttention(
             config.width,
             config.heads,
-            config.window,
+            config.window - config.recent,
+            keep_recent=config.recent,
             num_kv_heads=config.kv_heads,
             head_dim=config.head_dim,
             rope_theta=ROPE_THETA,

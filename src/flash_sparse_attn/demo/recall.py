@@ -170,12 +170,13 @@ def _kept(model: SmallModel, settings: RecallSettings) -> dict[str, Any]:
     model(tokens.to(model.device), last=1)
     for hook in hooks:
         hook.remove()
-    window, context = settings.config.window, settings.length - PAIRS
-    masks = [select_keys(score, window).to_dense(1)[0, :, 0] for score in scores]
+    config, context = settings.config, settings.length - PAIRS
+    best, recent = config.window - config.recent, config.recent
+    masks = [select_keys(s, best, keep_recent=recent).to_dense(1)[0, :, 0] for s in scores]
     return {
         "mask": torch.cat(masks)[:, :context].cpu(),
         "is_pair": tokens[0, :context] < 2 * SYMBOLS,
-        "kv_heads": settings.config.kv_heads,
+        "kv_heads": config.kv_heads,
     }
 
 
@@ -204,23 +205,18 @@ def describe(results: dict[str, Any]) -> str:
         [
             paragraph(
                 f"Task: {PAIRS} key-value pairs hidden in {settings.length} tokens of noise; at",
-                "the end",
-                f"every key is asked for its value ({SYMBOLS} values: guessing is right in",
+                f"the end every key is asked for its value ({SYMBOLS} values: guessing is right in",
                 f"{1 / SYMBOLS:.1%}). Far pairs ({models['full']['far_share']:.0%} of the",
-                "questions) are",
-                f"more than {config.layers} x {config.window} tokens back, out of reach for",
-                "stacked",
-                "windows.",
+                f"questions) are more than {config.layers} x {config.window} tokens back, out of",
+                "reach for stacked windows.",
             ),
             paragraph(
-                f"Model: {config.layers} layers of attention, width {config.width},",
-                f"{config.heads} heads",
-                f"of {config.head_dim}, no feed-forward part. Window and dynamic mask read",
+                f"Model: {config.layers} layers of attention, width {config.width}, {config.heads}",
+                f"heads of {config.head_dim}, no feed-forward part. Window and dynamic mask read",
                 f"{config.window} keys for every query. Training, the same for all:",
-                f"{settings.steps}",
-                f"steps: {stages}; AdamW, rate {settings.learning_rate:g}, seed {settings.seed}.",
-                "Test:",
-                f"{settings.test_sequences} new sequences of length {settings.length}.",
+                f"{settings.steps} steps: {stages}; AdamW, rate {settings.learning_rate:g}, seed",
+                f"{settings.seed}. Test: {settings.test_sequences} new sequences of length",
+                f"{settings.length}.",
             ),
             "",
             table(["attention", "parameters", "last loss", "right", "right, far pairs"], rows),
@@ -231,8 +227,7 @@ def describe(results: dict[str, Any]) -> str:
             paragraph(
                 f"Answer: {'yes' if shown else 'NOT SHOWN'}. The dynamic mask is right in",
                 f"{dynamic:.1%}, the sliding window, which reads as many keys, in {window:.1%},",
-                "full",
-                f"attention, which reads up to {settings.length} keys, in {full:.1%}.",
+                f"full attention, which reads up to {settings.length} keys, in {full:.1%}.",
             ),
         ]
     )

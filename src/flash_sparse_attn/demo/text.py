@@ -26,6 +26,7 @@ CONFIG = ModelConfig(
     kv_heads=2,
     head_dim=32,
     window=64,
+    recent=16,
     feed_forward=2,
 )
 
@@ -43,7 +44,7 @@ class TextSettings:
     """
 
     seed: int = 0
-    steps: int = 150
+    steps: int = 120
     batch: int = 8
     length: int = 512
     learning_rate: float = 5e-3
@@ -130,29 +131,25 @@ def describe(results: dict[str, Any]) -> str:
         [
             paragraph(
                 f"Text: {corpus.files} source files of this Python's standard library, {size:.1f}",
-                "MB,",
-                f"every tenth file held out; sha256 {corpus.digest}.",
+                f"MB, every tenth file held out; sha256 {corpus.digest}.",
             ),
             paragraph(
                 f"Model: {config.layers} layers, width {config.width}, {config.heads} heads of",
-                f"{config.head_dim}, {config.kv_heads} KV heads; sliding window and dynamic mask",
-                "read",
-                f"{config.window} bytes. Training, the same for all: {settings.steps} steps of",
-                f"{settings.batch} x {settings.length} bytes, AdamW, rate",
-                f"{settings.learning_rate:g},",
-                f"seed {settings.seed}. Losses in nats per byte; held out:",
-                f"{settings.test_sequences} x {settings.length} bytes.",
+                f"{config.head_dim}, {config.kv_heads} KV heads. The sliding window reads the",
+                f"newest {config.window} bytes, the dynamic mask the newest {config.recent} and",
+                f"the {config.window - config.recent} best-scored of all. Training, the same for",
+                f"all: {settings.steps} steps of {settings.batch} x {settings.length} bytes, AdamW, rate",
+                f"{settings.learning_rate:g}, seed {settings.seed}. Losses in nats per byte; held",
+                f"out: {settings.test_sequences} x {settings.length} bytes.",
             ),
             "",
             table(header, rows),
             "",
             paragraph(
                 f"Answer: reading {config.window} of up to {settings.length} bytes, the dynamic",
-                "mask's",
-                f"held-out loss is {_compare(dynamic, full)} that of full attention and",
+                f"mask's held-out loss is {_compare(dynamic, full)} that of full attention and",
                 f"{_compare(dynamic, window)} that of the sliding window. The training is brief:",
-                "this",
-                "shows that the mask trains on real text, not how large models compare.",
+                "this shows that the mask trains on real text, not how large models compare.",
             ),
         ]
     )

@@ -20,6 +20,7 @@ from .config import TileConfig, architecture_of, has_tma, padded_head_dim, slot_
 from .inputs import Call, is_aligned
 from .slots import copy_slots, slot_dim
 from .tiles import (
+    LOWEST,
     epoch_bounds,
     load_rows,
     load_slots,
@@ -159,24 +160,28 @@ def forward_kernel(
         ptr_pair += i_batch * spb + i_head * spk
         ptr_pair += (i_group * spg + (first + i_query) * spq)[:, None]
 
-    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    peak = tl.full([BLOCK_M], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for block in tl.range(0, num_full, num_stages=STAGES):
-        peak, total, acc = _attend(
-            q, peak, total, acc, block, at, i_group, mask_row, slots_k, slots_v, slot_base, ptr_key,
-            ptr_start, ptr_expiry, ptr_slot_bias, ptr_pair, stride_member, spn, scale, softcap,
-            False, KEY_BIAS, PAIR_BIAS, HAS_SOFTCAP, SLOT_D, BLOCK_N, BLOCK_D, TMA,
-        )  # fmt: skip
+    # Without these conditions ptxas finds a path into the loops on which it has to copy accumulators, and
+    # then serializes every wgmma.
+    if num_full > 0:
+        for block in tl.range(0, num_full, num_stages=STAGES):
+            peak, total, acc = _attend(
+                q, peak, total, acc, block, at, i_group, mask_row, slots_k, slots_v, slot_base, ptr_key,
+                ptr_start, ptr_expiry, ptr_slot_bias, ptr_pair, stride_member, spn, scale, softcap,
+                False, KEY_BIAS, PAIR_BIAS, HAS_SOFTCAP, SLOT_D, BLOCK_N, BLOCK_D, TMA,
+            )  # fmt: skip
     num_border = num_old - num_full
     new_block = old_slots // BLOCK_N - num_border
-    for i in tl.range(0, num_border + num_new, num_stages=STAGES):
-        block = tl.where(i < num_border, num_full + i, new_block + i)
-        peak, total, acc = _attend(
-            q, peak, total, acc, block, at, i_group, mask_row, slots_k, slots_v, slot_base, ptr_key,
-            ptr_start, ptr_expiry, ptr_slot_bias, ptr_pair, stride_member, spn, scale, softcap,
-            True, KEY_BIAS, PAIR_BIAS, HAS_SOFTCAP, SLOT_D, BLOCK_N, BLOCK_D, TMA,
-        )  # fmt: skip
+    if num_border + num_new > 0:
+        for i in tl.range(0, num_border + num_new, num_stages=STAGES):
+            block = tl.where(i < num_border, num_full + i, new_block + i)
+            peak, total, acc = _attend(
+                q, peak, total, acc, block, at, i_group, mask_row, slots_k, slots_v, slot_base, ptr_key,
+                ptr_start, ptr_expiry, ptr_slot_bias, ptr_pair, stride_member, spn, scale, softcap,
+                True, KEY_BIAS, PAIR_BIAS, HAS_SOFTCAP, SLOT_D, BLOCK_N, BLOCK_D, TMA,
+            )  # fmt: skip
 
     is_empty = total == 0
     acc = acc / tl.where(is_empty, 1.0, total)[:, None]
@@ -185,7 +190,8 @@ def forward_kernel(
     index = (i_batch * query_len + first + i_query) * HEADS + offs_head
     store_rows(ptr_out, index * D, mask_row, acc, D, BLOCK_D)
     index = (i_batch * HEADS + offs_head) * query_len + first + i_query
-    tl.store(ptr_lse + index, norm / 1.4426950408889634, mask=mask_row)
+    lse = tl.where(is_empty, float("-inf"), norm / 1.4426950408889634)
+    tl.store(ptr_lse + index, lse, mask=mask_row)
     if HAS_NORM:
         # In the order of rows, so that backward reads those of a tile at once.
         index = (i_row * query_len + first) * GROUP + row

@@ -1,10 +1,12 @@
 """Key selection on the GPU: start and expiry of every key from its score.
 
-`select_intervals` is the entry. The mode ``"causal"`` has its kernels in `select_causal`; in the modes
-``"shared"`` and ``"relu"``, below, one choice holds for all positions.
+`select_intervals` is the entry. The mode ``"causal"`` has its kernels in `select_causal`; in the
+modes ``"shared"`` and ``"relu"``, below, one choice holds for all positions.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import triton
@@ -146,8 +148,8 @@ def select_intervals(
     """Start and expiry of every key. Launches kernels only: no value is looked at, nothing kept.
 
     Args:
-        score: fp32 ``[..., K]``, contiguous; the leading dimensions are batch times KV heads, or
-            the KV heads of packed sequences.
+        score: fp32 ``[..., K]``, contiguous, ``K < 2**30``; the leading dimensions are batch times
+            KV heads, or the KV heads of packed sequences.
         window_size: ``W >= 1``.
         mode: ``"causal"``, ``"shared"`` or ``"relu"``.
         key_mask: Bool ``[B, K]``, where B divides the rows of `score` (packed: ``[K]``), True for
@@ -159,14 +161,42 @@ def select_intervals(
 
     Returns:
         ``start`` and ``expiry``, int32 in the shape of `score`; see `selection.KeySelection`.
+
+    Raises:
+        ValueError: Rows of 2**30 keys or more.
     """
+    if score.shape[-1] >= 1 << 30:
+        raise ValueError(
+            f"score: rows of at most {(1 << 30) - 1} keys, got {score.shape[-1]}; split them"
+        )
     start = torch.empty_like(score, dtype=torch.int32)
     expiry = torch.empty_like(start)
     if score.numel() == 0:
         return start, expiry
     rows = Rows.of(score, key_mask, cu_seqlens, keep_first, keep_recent)
-    if mode == "causal":
-        select_causal(rows, window_size, tiles, start, expiry)
-    else:
-        _select_for_all_positions(rows, window_size, mode == "relu", tiles, start, expiry)
+    window = min(window_size, rows.key_len)
+    if mode != "causal":
+        _select_for_all_positions(rows, window, mode == "relu", tiles, start, expiry)
+        return start, expiry
+    if score.is_cuda:
+        _compile_causal(score.device, rows.has_mask, rows.has_rank, rows.packed, tiles)
+    select_causal(rows, window, tiles, start, expiry)
     return start, expiry
+
+
+@functools.cache
+def _compile_causal(
+    device: torch.device, has_mask: bool, has_rank: bool, packed: bool, tiles: SelectTiles
+) -> None:
+    """Run every kernel once, so that the first longer sequence compiles nothing in mid-training."""
+    key_len = 32 * tiles.words + 1
+    score = torch.zeros(1, key_len, device=device)
+    rows = Rows.of(
+        score,
+        torch.ones(1, key_len, dtype=torch.bool, device=device) if has_mask else None,
+        torch.arange(2, dtype=torch.int32, device=device) * key_len if packed else None,
+        keep_first=int(has_rank),
+        keep_recent=0,
+    )
+    start = torch.empty_like(score, dtype=torch.int32)
+    select_causal(rows, 1, tiles, start, torch.empty_like(start))

@@ -6,19 +6,19 @@ For any ``K`` and ``W``, with work that depends on shapes only:
    only the ``L`` worst survivors at its start matter besides its own keys, whatever ``W`` is. They
    are the node's *list*, by position, with bit planes of their own.
 2. Sequences too long for one program are cut into long nodes first (`_prefix_kernel`); the lists of
-   short nodes are chosen from the list of their long node and its keys (`_list_kernel`). If ``W`` is
-   small, long prefixes are replaced by the ``W`` best keys of each of their nodes.
+   short nodes are chosen from the list of their long node and its keys (`_list_kernel`). If ``W``
+   is small, a long prefix is replaced by the ``W`` best keys of each of its nodes.
 3. `_chunk_kernel` finds the survivors that may die within one chunk, and compares them, and the
    chunk's keys, with the chunk's keys: a key dies where its last missing rival arrives.
 
-Symbols: ``R`` rows (batch x KV heads), ``K`` keys of a row, *words*: see `words`. An index counts from
-the start of a row; what is stored counts from the start of a sequence. All lists of a level have the
-same number of slots, and lie in ``[R, lists x slots]`` indices, ``[R, 32, lists x slots / 32]`` planes.
+Symbols: ``R`` rows (batch x KV heads), ``K`` keys of a row, *words*: see `words`. An index counts
+from the start of a row; what is stored counts from the start of a sequence. All lists of a level
+have the same number of slots: ``[R, lists x slots]`` indices, then ``[R, 32, lists x slots / 32]``
+planes, row by row.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -118,10 +118,8 @@ def _list_kernel(ptr_score, ptr_mask, ptr_cu, ptr_planes, ptr_parents, ptr_child
 
     `is_local`: the best `child_slots` keys of the node before it instead.
     """
-    i_row, begin, end, start = _locate(
-        tl.program_id(0), ptr_cu, key_len, n_seqs, child_len, PACKED
-    )
-    child, above, n_child = _list_of(begin, start, window, child_len)
+    i_row, begin, end, start = _locate(tl.program_id(0), ptr_cu, key_len, n_seqs, child_len, PACKED)
+    child, _, n_child = _list_of(begin, start, window, child_len)
     if (start >= end) | (n_child <= 0):
         return
     low = begin + (start - begin) // parent_len * parent_len
@@ -182,7 +180,7 @@ def _prefix_kernel(ptr_score, ptr_mask, ptr_cu, ptr_planes, ptr_locals, ptr_chil
     children = key_len // child_len
     for i_node in range(tl.program_id(0), n_nodes, tl.num_programs(0)):
         i_row, begin, end, start = _locate(i_node, ptr_cu, key_len, n_seqs, child_len, PACKED)
-        child, above, n_child = _list_of(begin, start, window, child_len)
+        child, _, n_child = _list_of(begin, start, window, child_len)
         if (start < end) & (n_child > 0):
             row_score = ptr_score + i_row * key_len
             row_mask = ptr_mask + i_row // heads * key_len
@@ -430,7 +428,7 @@ def _node_lists(
         parent_slots,
         length,
         slots,
-        parents is None,
+        int(parents is None),
         HAS_MASK=rows.has_mask,
         PACKED=rows.packed,
         BLOCK_W=tiles.words,
@@ -472,7 +470,7 @@ def _prefix_lists(
         slots,
         prefix_words,
         n_nodes,
-        merge,
+        int(merge),
         HAS_MASK=rows.has_mask,
         PACKED=rows.packed,
         BLOCK_W=tiles.words,

@@ -154,8 +154,9 @@ def always_kept(index, begin, ptr_rank, ptr_arrival, key_len, keep_first, keep_r
 @triton.jit(do_not_specialize=[*PER_CALL, "n_tiles"])
 def _encode_kernel(ptr_score, ptr_mask, ptr_cu, ptr_planes, ptr_start, ptr_expiry,
                    key_len, heads, n_seqs, row_words, n_tiles,
-                   HAS_MASK: tl.constexpr, PACKED: tl.constexpr, BLOCK_W: tl.constexpr):  # fmt: skip
-    """Bit planes, and the intervals of keys that nothing drives out; `BLOCK_W` words a program."""
+                   HAS_MASK: tl.constexpr, PACKED: tl.constexpr,
+                   BLOCK_W: tl.constexpr):  # fmt: skip
+    """Bit planes of `BLOCK_W` words, and the intervals of their keys if nothing drives them out."""
     i_row = (tl.program_id(0) // n_tiles).to(tl.int64)
     i_word = (tl.program_id(0) % n_tiles) * BLOCK_W
     ptr_score += i_row * key_len
@@ -191,7 +192,7 @@ def _encode_kernel(ptr_score, ptr_mask, ptr_cu, ptr_planes, ptr_start, ptr_expir
 
 
 def encode(rows: Rows, tiles: SelectTiles, start: Tensor, expiry: Tensor) -> Tensor:
-    """Bit planes int32 ``[R, 32, ceil(K / 32)]``; sets the intervals that keys have if none dies."""
+    """Bit planes int32 ``[R, 32, ceil(K / 32)]``; writes the intervals keys have if none dies."""
     row_words = triton.cdiv(rows.key_len, 32)
     planes = torch.empty(rows.n_rows, 32, row_words, dtype=torch.int32, device=start.device)
     n_tiles = triton.cdiv(row_words, tiles.encode)

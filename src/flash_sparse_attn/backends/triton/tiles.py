@@ -14,6 +14,8 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 _INF = tl.constexpr(float("inf"))
 # The largest finite bias. Times log2(e) it is still finite in fp32, which finfo.min is not.
 _MAX_BIAS = tl.constexpr(2.3e38)
+# Below every finite score, and finite: no difference of peaks is NaN, so that no loop needs a guard.
+LOWEST = tl.constexpr(-3.4e38)
 
 
 @triton.jit
@@ -156,12 +158,11 @@ def scaled_scores(product, scale, softcap, HAS_SOFTCAP: tl.constexpr):
 def softmax_update(scores, peak, total):
     """Online softmax of ``[M, N]`` scores: probabilities, their factor for what came before, peak, total.
 
-    A row that has seen no key keeps the peak -inf, and its probabilities are 0.
+    A row that has seen no key keeps its first peak, `LOWEST`, and its probabilities are 0.
     """
     new_peak = tl.maximum(peak, tl.max(scores, 1))
-    safe_peak = tl.where(new_peak == -_INF, 0.0, new_peak)
-    probs = tl.exp2(scores - safe_peak[:, None])
-    factor = tl.exp2(peak - safe_peak)
+    probs = tl.exp2(scores - new_peak[:, None])
+    factor = tl.exp2(peak - new_peak)
     return probs, factor, new_peak, total * factor + tl.sum(probs, 1)
 
 

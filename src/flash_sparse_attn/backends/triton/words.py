@@ -1,7 +1,7 @@
 """Device functions on words: 32 keys in the 32 bits of an int32, for counting and choosing keys.
 
-A *set* of keys is given by its words. Plane ``b`` of a word holds bit ``b`` of the order keys of its
-32 keys; the best keys of a set are found bit by bit, from plane 31 down, with an AND and a
+A *set* of keys is given by its words. Plane ``b`` of a word holds bit ``b`` of the order keys of
+its 32 keys; the best keys of a set are found bit by bit, from plane 31 down, with an AND and a
 population count for 32 keys. Ties go by place in the set: a set is in the order of positions.
 """
 
@@ -212,10 +212,7 @@ def kth_best(ptr_plane, plane_step, ptr_state, n_words, low, high, rank,
         value = (value << 2) | digit
         tl.debug_barrier()
 
-    if OLDER_WINS:
-        skipped = rank - 1
-    else:
-        skipped = tl.maximum(total - rank, 0)
+    skipped = rank - 1 if OLDER_WINS else tl.maximum(total - rank, 0)
     at = rank * 0
     seen = rank * 0
     for w0 in range(0, n_words, BLOCK_W):

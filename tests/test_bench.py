@@ -1,0 +1,283 @@
+"""The benchmark frame: formulas, the gate on correctness, memory, rows, verdicts, whole files."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+from flash_sparse_attn import __main__, info, select_keys
+from flash_sparse_attn.bench import cli, console, measure, providers, store, yardsticks
+from flash_sparse_attn.bench.cases import CASES, PATTERNS, Case, make_inputs, make_scores
+from flash_sparse_attn.bench.providers import PROVIDERS, WrongResult, verify
+
+SMOKE = CASES["cpu-smoke"]
+TINY = Case("tiny", "attention", 1, 4, 2, 48, 8, 12)
+
+
+def change(monkeypatch, name, **fields):
+    monkeypatch.setitem(PROVIDERS, name, replace(PROVIDERS[name], **fields))
+
+
+@pytest.mark.parametrize("window", [1, 12, 48, 100])
+def test_pairs_are_the_visible_triples_of_the_mask(window):
+    case = replace(TINY, window=window, batch=2)
+    scores = make_scores(case, torch.Generator().manual_seed(0))
+    group = case.heads // case.kv_heads
+    assert case.pairs() == int(providers.window_mask(scores, window).sum()) * group
+    dense = torch.ones(case.length, case.length).tril().sum()
+    assert case.pairs(dense=True) == int(dense) * case.heads * case.batch
+
+
+def test_flops_are_four_per_pair_and_channel_and_two_and_a_half_times_that_backward():
+    assert TINY.flops() == 3.5 * 4 * TINY.head_dim * TINY.pairs()
+    assert replace(TINY, what="selection").flops() == 0
+
+
+def test_least_traffic_counts_every_tensor_of_every_pass():
+    inputs = make_inputs(TINY)
+    query, key, scores = inputs.query.nbytes, inputs.key.nbytes, inputs.scores.nbytes
+    lse = 4 * TINY.heads * TINY.length
+    selection = scores + 2 * scores  # scores in; start and expiry, int32, out
+    forward = query + 2 * key + scores + query + lse
+    backward = 3 * query + 2 * key + scores + lse + query + 2 * key + scores
+    assert TINY.min_bytes() == selection + forward + backward
+
+
+def test_patterns_are_what_their_names_say():
+    found = {
+        name: make_scores(
+            replace(TINY, pattern=name, length=4096), torch.Generator().manual_seed(0)
+        )
+        for name in PATTERNS
+    }
+    assert len(found["random"].unique()) > 4000
+    assert len(found["equal"].unique()) == 1
+    assert (found["ascending"].diff() > 0).all()
+    assert (found["descending"].diff() < 0).all()
+    assert len(found["values95"].unique()) == 95
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_the_mask_of_the_definition_is_the_selection(pattern):
+    scores = make_scores(replace(TINY, pattern=pattern), torch.Generator().manual_seed(0))
+    assert torch.equal(select_keys(scores, 12).to_dense(), providers.window_mask(scores, 12))
+
+
+def test_the_mask_of_topk_is_the_mask_of_the_definition_for_distinct_scores():
+    scores = make_scores(TINY, torch.Generator().manual_seed(0))
+    for window in (1, 12, 48):
+        masks = (make(scores, window) for make in (providers.top_keys_mask, providers.window_mask))
+        assert torch.equal(*masks)
+
+
+@pytest.mark.parametrize("name", ["ours", "ours-eager", "sdpa-masked", "sdpa-causal", "reference"])
+def test_right_providers_pass_the_error_rule(name):
+    errors = verify(TINY, name)
+    assert set(errors) >= {"out", "query", "key", "value"}
+    assert ("scores" in errors) is not PROVIDERS[name].dense
+    assert max(errors.values()) < 1e-4
+
+
+def test_a_wrong_output_is_refused(monkeypatch):
+    right = PROVIDERS["ours"].attend
+    change(monkeypatch, "ours", attend=lambda inputs, mask: right(inputs, mask) + 1e-3)
+    with pytest.raises(WrongResult, match="out is off by"):
+        verify(TINY, "ours")
+
+
+def test_a_wrong_gradient_of_the_scores_is_refused(monkeypatch):
+    right = PROVIDERS["ours"].attend
+
+    def without_bias_gradient(inputs, mask):
+        return right(replace(inputs, scores=inputs.scores.detach()), mask) + 0 * inputs.scores.sum()
+
+    change(monkeypatch, "ours", attend=without_bias_gradient)
+    with pytest.raises(WrongResult, match="scores is off by"):
+        verify(TINY, "ours")
+
+
+def test_nan_is_refused(monkeypatch):
+    right = PROVIDERS["ours"].attend
+    change(monkeypatch, "ours", attend=lambda inputs, mask: right(inputs, mask) * float("nan"))
+    with pytest.raises(WrongResult, match="off by nan"):
+        verify(TINY, "ours")
+
+
+def test_a_wrong_selection_is_refused(monkeypatch):
+    case = replace(TINY, what="selection")
+    assert verify(case, "ours") == {"wrong_pairs": 0.0}
+    change(
+        monkeypatch, "ours", select=lambda inputs, window: select_keys(inputs.scores, window + 1)
+    )
+    with pytest.raises(WrongResult, match="visible pairs differ"):
+        verify(case, "ours")
+
+
+def test_measurement_in_a_process_of_its_own():
+    found = measure.measure_isolated(SMOKE, "ours", repeats=3)
+    seconds = found["seconds"]
+    assert set(seconds) == {"selection", "forward", "backward", "total"}
+    assert all(value > 0 for value in seconds.values())
+    assert found["spread"][0] <= seconds["total"] <= found["spread"][1]
+    assert found["repeats"] == 3 and found["warm"]
+    assert found["peak_bytes"] is None or 0 <= found["peak_bytes"] < 2**28
+
+
+def test_a_failing_process_is_reported_with_its_error():
+    with pytest.raises(RuntimeError, match="ours-cuda on tiny ended with status 1"):
+        measure.measure_isolated(TINY, "ours-cuda")
+
+
+def test_peak_memory_sees_what_was_freed_again():
+    if measure._peak_resident_bytes() is None:
+        pytest.skip("this system does not tell peak memory")
+    memory = measure._PeakMemory("cpu")
+    torch.ones(64 << 20, dtype=torch.uint8)
+    assert (60 << 20) < memory.peak() < (100 << 20)
+
+
+def run(capsys, *arguments):
+    status = __main__.main(["bench", *arguments])
+    return status, capsys.readouterr()
+
+
+def test_list_names_every_case_and_provider(capsys):
+    status, printed = run(capsys, "list")
+    assert status == 0
+    for name in [*CASES, *PROVIDERS]:
+        assert name in printed.out
+
+
+def test_run_prints_and_appends_complete_rows(capsys, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    arguments = ("run", "--case", "cpu-sm*", "--provider", "ours", "--repeats", "1")
+    for count in (1, 2):
+        status, printed = run(capsys, *arguments, "--out", str(path))
+        assert status == 0
+        assert "cpu-smoke" in printed.out and "commit" in printed.out
+        assert len(store.read_rows(path)) == count
+    row = store.read_rows(path)[0]
+    assert row["shape"]["length"] == SMOKE.length and row["baselines"] == [
+        "sdpa-causal",
+        "sdpa-masked",
+    ]
+    assert row["errors"]["scores"] < 1e-4
+    assert row["hardware"]["device"] == "cpu" and row["versions"]["torch"] == torch.__version__
+    for field in ("commit", "command", "time", "peak_bytes", "spread", "seconds", "errors_at"):
+        assert row[field] is not None
+
+
+def test_a_wrong_provider_is_not_timed(capsys, tmp_path, monkeypatch):
+    right = PROVIDERS["ours"].attend
+    change(monkeypatch, "ours", attend=lambda inputs, mask: 0 * right(inputs, mask))
+    monkeypatch.setattr(cli, "measure_isolated", lambda *_: pytest.fail("it was timed"))
+    path = tmp_path / "rows.jsonl"
+    arguments = ("run", "--case", "cpu-smoke", "--provider", "ours", "--out", str(path))
+    status, printed = run(capsys, *arguments)
+    assert status == 1 and not path.exists()
+    assert "not timed, wrong result" in printed.out
+
+
+def test_what_does_not_fit_is_not_run(capsys, monkeypatch):
+    monkeypatch.setattr(info, "available_bytes", lambda: 1 << 20)
+    status, printed = run(capsys, "run", "--case", "cpu-smoke", "--provider", "sdpa-masked")
+    assert status == 1
+    assert "not run: sdpa-masked on cpu-smoke needs 8 MiB of memory, 1 MiB are" in printed.out
+
+
+def test_an_unknown_case_is_named(capsys):
+    status, printed = run(capsys, "run", "--case", "nothing")
+    assert status == 2
+    assert "no case is called nothing" in printed.err and "cpu-16k-random" in printed.err
+
+
+def row(case, provider, seconds, peak=1 << 20):
+    pattern = case.removeprefix("cpu-16k-")
+    return {
+        "case": case,
+        "provider": provider,
+        "pattern": pattern,
+        "seconds": {"total": seconds},
+        "peak_bytes": peak,
+    }
+
+
+@pytest.mark.parametrize("holds", [True, False])
+def test_verdicts_are_computed_from_rows(holds):
+    better = 1.01 if holds else 0.99
+    rows = [
+        row("cpu-16k-random", "ours", 1.0),
+        row("cpu-16k-random", "sdpa-masked", 15 * better, int((10 << 20) * better)),
+        row("cpu-16k-random", "sdpa-causal", 10 * better),
+        *(row(f"cpu-16k-{pattern}", "ours", 1.25 / better) for pattern in PATTERNS[1:]),
+        row("cpu-select-1m", "ours", 10 / better, int((1 << 30) / better)),
+    ]
+    found = yardsticks.verdicts(rows)
+    assert len(found) == 9
+    assert [verdict.holds for verdict in found] == [holds] * 9
+    assert all(str(verdict).startswith("met" if holds else "MISSED") for verdict in found)
+
+
+def test_no_verdict_without_its_rows_and_the_latest_row_counts():
+    assert yardsticks.verdicts([row("cpu-16k-random", "ours", 1.0)]) == []
+    rows = [
+        row("cpu-16k-random", "sdpa-causal", 20.0),
+        row("cpu-16k-random", "ours", 9.0),
+        row("cpu-16k-random", "ours", 1.0),
+    ]
+    assert [verdict.holds for verdict in yardsticks.verdicts(rows)] == [True]
+
+
+def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    console.write_whole(path, b"old")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        console.write_whole(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_interrupted_command_ends_quietly(capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "verify", interrupt)
+    status, printed = run(capsys, "run", "--case", "cpu-smoke")
+    assert status == 130
+    assert "interrupted" in printed.err
+
+
+def test_progress_reports_quarters_where_there_is_no_terminal(capsys):
+    with console.Progress("work", 8) as bar:
+        for _ in range(8):
+            bar.update("note")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split("]")[1].split()[0] for line in lines] == ["2/8", "4/8", "6/8", "8/8"]
+
+
+def test_units():
+    assert console.format_seconds(1.5) == "1.5 s"
+    assert console.format_seconds(0.0123) == "12.3 ms"
+    assert console.format_seconds(4.2e-5) == "42 us"
+    assert console.format_bytes(3 << 29) == "1.5 GiB"
+    assert console.format_bytes(700) == "700 B"
+    assert console.format_seconds(None) == console.format_bytes(None) == "-"
+
+
+def test_info_names_versions_device_and_every_backend(capsys):
+    assert __main__.main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert f"torch              {torch.__version__}" in printed
+    assert "eager    works" in printed
+    for name in ("cuda", "triton", "flex"):
+        assert f"\n  {name}" in printed
+    assert json.dumps(info.hardware("cpu"))  # rows hold it
