@@ -136,6 +136,22 @@ def test_recall_concludes_from_its_accuracies():
     assert "Answer: NOT SHOWN" in recall.describe(recall_results(0.3, 0.4))
 
 
+def test_text_concludes_from_its_losses():
+    def answer(full, dynamic):
+        losses = {"full": full, "window": 2.0, "dynamic": dynamic}
+        models = {
+            kind: {"parameters": 1, "losses": [loss], "held_out": loss}
+            for kind, loss in losses.items()
+        }
+        found = {"settings": text.QUICK, "corpus": text.read_corpus(), "models": models}
+        return " ".join(text.describe(found).split())
+
+    assert "Answer: yes." in answer(2.1, 2.05)
+    assert "0.050 below that of full attention and 0.050 above" in answer(2.1, 2.05)
+    assert "Answer: NOT SHOWN." in answer(1.8, 2.05)
+    assert "Answer: NOT SHOWN." in answer(5.0, 5.0)
+
+
 def cost_results(ours, dense):
     def result(seconds):
         return {"seconds": {"total": seconds}, "peak_bytes": None}

@@ -106,6 +106,7 @@ def test_captured_in_a_graph_with_selection_and_backward():
             assert torch.equal(got, want)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_no_synchronisation_with_the_host():
     tensors = inputs(length=700)
     grad = torch.randn_like(tensors[0])

@@ -83,6 +83,7 @@ def test_repeats_bit_for_bit():
         assert torch.equal(first[1], again[1])
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_graph_replay_without_synchronisation():
     """Capture the call, change the scores in place, replay."""
     score = scores_of_pattern("random", 2, 50000)

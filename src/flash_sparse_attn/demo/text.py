@@ -119,7 +119,8 @@ def describe(results: dict[str, Any]) -> str:
     settings: TextSettings = results["settings"]
     corpus: Corpus = results["corpus"]
     config, models = settings.config, results["models"]
-    rows = [["byte frequencies alone", "-", "-", *_loss_cells(_frequency_loss(corpus))]]
+    frequencies = _frequency_loss(corpus)
+    rows = [["byte frequencies alone", "-", "-", *_loss_cells(frequencies)]]
     for kind, model in models.items():
         last = sum(model["losses"][-10:]) / len(model["losses"][-10:])
         row = [KINDS[kind], f"{model['parameters']:,}", f"{last:.3f}"]
@@ -127,6 +128,7 @@ def describe(results: dict[str, Any]) -> str:
     header = ["attention", "parameters", "training loss", "held-out loss", "bits per byte"]
     size = (len(corpus.train) + len(corpus.held_out)) / 1e6
     full, window, dynamic = (models[kind]["held_out"] for kind in KINDS)
+    shown = dynamic < frequencies - 0.5 and dynamic < full + 0.1
     return "\n".join(
         [
             paragraph(
@@ -138,16 +140,17 @@ def describe(results: dict[str, Any]) -> str:
                 f"{config.head_dim}, {config.kv_heads} KV heads. The sliding window reads the",
                 f"newest {config.window} bytes, the dynamic mask the newest {config.recent} and",
                 f"the {config.window - config.recent} best-scored of all. Training, the same for",
-                f"all: {settings.steps} steps of {settings.batch} x {settings.length} bytes, AdamW, rate",
-                f"{settings.learning_rate:g}, seed {settings.seed}. Losses in nats per byte; held",
+                f"all: {settings.steps} steps of {settings.batch} x {settings.length} bytes,",
+                f"AdamW, rate {settings.learning_rate:g}, seed {settings.seed}. Losses in nats per byte; held",
                 f"out: {settings.test_sequences} x {settings.length} bytes.",
             ),
             "",
             table(header, rows),
             "",
             paragraph(
-                f"Answer: reading {config.window} of up to {settings.length} bytes, the dynamic",
-                f"mask's held-out loss is {_compare(dynamic, full)} that of full attention and",
+                f"Answer: {'yes' if shown else 'NOT SHOWN'}. Reading {config.window} of up to",
+                f"{settings.length} bytes, the dynamic mask's held-out loss is",
+                f"{_compare(dynamic, full)} that of full attention and",
                 f"{_compare(dynamic, window)} that of the sliding window. The training is brief:",
                 "this shows that the mask trains on real text, not how large models compare.",
             ),

@@ -158,7 +158,7 @@ def forward_kernel(
         ptr_slot_bias += (i_local * GROUP * num_epochs + i_epoch) * num_slots
     if PAIR_BIAS:
         ptr_pair += i_batch * spb + i_head * spk
-        ptr_pair += (i_group * spg + (first + i_query) * spq)[:, None]
+        ptr_pair = ptr_pair + (i_group * spg + (first + i_query) * spq)[:, None]
 
     peak = tl.full([BLOCK_M], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)

@@ -112,8 +112,9 @@ def _add_tile(
     if KEY_BIAS == "kv head":
         scores += bias[:, None]
     elif KEY_BIAS == "head":
+        offs_n = tl.arange(0, k.shape[0])
         offs = i_group.to(tl.int64) * stride_member
-        scores += tl.load(ptr_slot_bias + offs[None, :])
+        scores += tl.load(ptr_slot_bias + offs_n[:, None] + offs[None, :])
     if PAIR_BIAS:
         offs = i_group * spg + (first + i_query) * spq
         ptrs = ptr_pair + (key.to(tl.int64) * spn)[:, None] + offs[None, :]
@@ -242,31 +243,35 @@ def grad_key_kernel(
             bias = tl.load(ptr_slot_bias + slot_base + slot)
         elif KEY_BIAS == "head":
             bias_base = (i_local * GROUP * num_epochs + i_epoch) * num_slots
-            ptr_slot_bias += (bias_base + slot)[:, None]
+            ptr_slot_bias += bias_base + slot_0
             grad_bias = tl.zeros([BLOCK_N, GROUP_PAD], tl.float32)
         if PAIR_BIAS:
             ptr_pair += i_batch * spb + i_head * spk
 
         grad_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         grad_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-        for tile in tl.range(full_0, full_1, num_stages=STAGES):
-            grad_k, grad_v, grad_bias = _add_tile(
-                k, v, bias, start, expiry, grad_k, grad_v, grad_bias, tile, i_batch, i_head, first, num,
-                position, key, tiles_q, tiles_grad, ptr_norm, ptr_delta, ptr_slot_bias, ptr_pair,
-                stride_member, sqn, sqh, sgn, sgh, sgd, spg, spq, spn, scale, softcap,
-                False, GROUP, D, BLOCK_D, BLOCK_M, KEY_BIAS, PAIR_BIAS, HAS_SOFTCAP, NEEDS_KEY,
-                NEEDS_VALUE, NEEDS_BIAS, CLAMPS, ALIGNED, GRAD_ALIGNED, TMA_Q, TMA_GRAD,
-            )  # fmt: skip
+        # The conditions keep wgmma asynchronous, see `forward.py`.
+        if full_0 < full_1:
+            for tile in tl.range(full_0, full_1, num_stages=STAGES):
+                grad_k, grad_v, grad_bias = _add_tile(
+                    k, v, bias, start, expiry, grad_k, grad_v, grad_bias, tile, i_batch, i_head, first, num,
+                    position, key, tiles_q, tiles_grad, ptr_norm, ptr_delta, ptr_slot_bias, ptr_pair,
+                    stride_member, sqn, sqh, sgn, sgh, sgd, spg, spq, spn, scale, softcap,
+                    False, GROUP, D, BLOCK_D, BLOCK_M, KEY_BIAS, PAIR_BIAS, HAS_SOFTCAP, NEEDS_KEY,
+                    NEEDS_VALUE, NEEDS_BIAS, CLAMPS, ALIGNED, GRAD_ALIGNED, TMA_Q, TMA_GRAD,
+                )  # fmt: skip
         num_before = full_0 - tile_0
-        for i in tl.range(0, num_before + tile_1 - full_1, num_stages=STAGES):
-            tile = tl.where(i < num_before, tile_0 + i, full_1 - num_before + i)
-            grad_k, grad_v, grad_bias = _add_tile(
-                k, v, bias, start, expiry, grad_k, grad_v, grad_bias, tile, i_batch, i_head, first, num,
-                position, key, tiles_q, tiles_grad, ptr_norm, ptr_delta, ptr_slot_bias, ptr_pair,
-                stride_member, sqn, sqh, sgn, sgh, sgd, spg, spq, spn, scale, softcap,
-                True, GROUP, D, BLOCK_D, BLOCK_M, KEY_BIAS, PAIR_BIAS, HAS_SOFTCAP, NEEDS_KEY,
-                NEEDS_VALUE, NEEDS_BIAS, CLAMPS, ALIGNED, GRAD_ALIGNED, TMA_Q, TMA_GRAD,
-            )  # fmt: skip
+        num_border = num_before + tile_1 - full_1
+        if num_border > 0:
+            for i in tl.range(0, num_border, num_stages=STAGES):
+                tile = tl.where(i < num_before, tile_0 + i, full_1 - num_before + i)
+                grad_k, grad_v, grad_bias = _add_tile(
+                    k, v, bias, start, expiry, grad_k, grad_v, grad_bias, tile, i_batch, i_head, first, num,
+                    position, key, tiles_q, tiles_grad, ptr_norm, ptr_delta, ptr_slot_bias, ptr_pair,
+                    stride_member, sqn, sqh, sgn, sgh, sgd, spg, spq, spn, scale, softcap,
+                    True, GROUP, D, BLOCK_D, BLOCK_M, KEY_BIAS, PAIR_BIAS, HAS_SOFTCAP, NEEDS_KEY,
+                    NEEDS_VALUE, NEEDS_BIAS, CLAMPS, ALIGNED, GRAD_ALIGNED, TMA_Q, TMA_GRAD,
+                )  # fmt: skip
 
         out = slot_base + slot
         if NEEDS_KEY:

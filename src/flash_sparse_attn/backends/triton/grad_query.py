@@ -201,23 +201,26 @@ def grad_query_kernel(
 
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         acc_row = tl.zeros([BLOCK_M], tl.float32)
-        for block in tl.range(0, num_full, num_stages=STAGES):
-            acc, acc_row = _add_block(
-                q, grad, norm, delta, acc, acc_row, block, at, i_group, mask_row, slots_k, slots_v,
-                slot_base, ptr_key, ptr_start, ptr_expiry, ptr_slot_bias, ptr_pair, ptr_grad_pair,
-                stride_member, spn, scale, softcap, False, KEY_BIAS, PAIR_BIAS, PAIR_GRAD,
-                HAS_SOFTCAP, SLOT_D, BLOCK_N, BLOCK_D, TMA,
-            )  # fmt: skip
+        # The conditions keep wgmma asynchronous, see `forward.py`.
+        if num_full > 0:
+            for block in tl.range(0, num_full, num_stages=STAGES):
+                acc, acc_row = _add_block(
+                    q, grad, norm, delta, acc, acc_row, block, at, i_group, mask_row, slots_k, slots_v,
+                    slot_base, ptr_key, ptr_start, ptr_expiry, ptr_slot_bias, ptr_pair, ptr_grad_pair,
+                    stride_member, spn, scale, softcap, False, KEY_BIAS, PAIR_BIAS, PAIR_GRAD,
+                    HAS_SOFTCAP, SLOT_D, BLOCK_N, BLOCK_D, TMA,
+                )  # fmt: skip
         num_border = num_old - num_full
         new_block = old_slots // BLOCK_N - num_border
-        for i in tl.range(0, num_border + num_new, num_stages=STAGES):
-            block = tl.where(i < num_border, num_full + i, new_block + i)
-            acc, acc_row = _add_block(
-                q, grad, norm, delta, acc, acc_row, block, at, i_group, mask_row, slots_k, slots_v,
-                slot_base, ptr_key, ptr_start, ptr_expiry, ptr_slot_bias, ptr_pair, ptr_grad_pair,
-                stride_member, spn, scale, softcap, True, KEY_BIAS, PAIR_BIAS, PAIR_GRAD,
-                HAS_SOFTCAP, SLOT_D, BLOCK_N, BLOCK_D, TMA,
-            )  # fmt: skip
+        if num_border + num_new > 0:
+            for i in tl.range(0, num_border + num_new, num_stages=STAGES):
+                block = tl.where(i < num_border, num_full + i, new_block + i)
+                acc, acc_row = _add_block(
+                    q, grad, norm, delta, acc, acc_row, block, at, i_group, mask_row, slots_k, slots_v,
+                    slot_base, ptr_key, ptr_start, ptr_expiry, ptr_slot_bias, ptr_pair, ptr_grad_pair,
+                    stride_member, spn, scale, softcap, True, KEY_BIAS, PAIR_BIAS, PAIR_GRAD,
+                    HAS_SOFTCAP, SLOT_D, BLOCK_N, BLOCK_D, TMA,
+                )  # fmt: skip
         if NEEDS_QUERY:
             store_rows(ptr_grad_q, offs_out, mask_row, acc * softmax_scale, D, BLOCK_D)
         if PAIR_GRAD == "rows":

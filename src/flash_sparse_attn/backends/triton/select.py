@@ -14,11 +14,20 @@ import triton.language as tl
 from torch import Tensor
 
 from .select_causal import select_causal
-from .select_rows import _NEVER, TILES, Rows, SelectTiles, always_kept, encode, sequence_of
+from .select_rows import (
+    _NEVER,
+    PER_CALL,
+    TILES,
+    Rows,
+    SelectTiles,
+    always_kept,
+    encode,
+    sequence_of,
+)
 from .words import _PADDING, kth_best, order_keys
 
 
-@triton.jit(do_not_specialize=["ptr_cu", "key_len", "n_seqs", "row_words", "window"])
+@triton.jit(do_not_specialize=PER_CALL)
 def _shared_kernel(ptr_cu, ptr_planes, ptr_state, ptr_worst, key_len, n_seqs, row_words, window,
                    PACKED: tl.constexpr, BLOCK_W: tl.constexpr):  # fmt: skip
     """Order key and index of the worst key that is chosen, for each sequence of each row."""
@@ -41,12 +50,7 @@ def _shared_kernel(ptr_cu, ptr_planes, ptr_state, ptr_worst, key_len, n_seqs, ro
     tl.store(ptr_worst + 1, first * 32 + place)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "ptr_score", "ptr_mask", "ptr_cu", "key_len", "heads", "n_seqs", "keep_first",
-        "keep_recent", "n_tiles",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=PER_CALL)
 def _interval_kernel(ptr_score, ptr_mask, ptr_cu, ptr_worst, ptr_rank, ptr_arrival, ptr_start,
                      ptr_expiry, key_len, heads, n_seqs, keep_first, keep_recent, n_tiles,
                      RELU: tl.constexpr, HAS_MASK: tl.constexpr, HAS_RANK: tl.constexpr,

@@ -45,7 +45,6 @@ _UNCUT = 2**31 - 1
 # Arguments whose value must not compile a kernel anew.
 _SIZES = [
     *PER_CALL,
-    "window",
     "parent_len",
     "parent_slots",
     "child_len",
@@ -54,8 +53,6 @@ _SIZES = [
     "state_words",
     "n_nodes",
     "is_merge",
-    "keep_first",
-    "keep_recent",
     "slots",
 ]
 

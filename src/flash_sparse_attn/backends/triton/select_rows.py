@@ -14,8 +14,22 @@ from .words import _PADDING, order_keys
 
 _NEVER = tl.constexpr(NEVER)
 
-# Arguments that every kernel has, and whose value or alignment must not compile it anew.
-PER_CALL = ["ptr_score", "ptr_mask", "ptr_cu", "key_len", "heads", "n_seqs", "row_words"]
+# Arguments whose value or alignment must not compile a kernel anew.
+PER_CALL = [
+    "ptr_score",
+    "ptr_mask",
+    "ptr_cu",
+    "ptr_rank",
+    "ptr_arrival",
+    "key_len",
+    "heads",
+    "n_seqs",
+    "row_words",
+    "window",
+    "keep_first",
+    "keep_recent",
+    "n_tiles",
+]
 
 
 @dataclass(frozen=True)
@@ -30,22 +44,35 @@ class SelectTiles:
         slots: Slots of a list that are written at a time.
         prefixes: Programs that choose from whole prefixes; each needs memory for one.
         encode: Words that a program encodes.
+        encode_warps: Warps of such a program.
         keys: Keys of a program of the element-wise kernel.
-        chunk_warps, set_warps, prefix_warps, encode_warps: Warps of a program of each kernel.
+        chunk_warps: Warps of a program for a chunk.
+        set_warps: Warps of a program for a set of up to `words` words.
+        prefix_warps: Warps of a program for prefixes.
     """
 
+    # Milliseconds of whole selections on one H200, for comparison: rows x keys (window) 1 x 32768
+    # (1024), 8 x 32768 and 8 x 1048576 (2048) took 0.037, 0.071 and 2.09 with the sizes below.
+    # Chunks of 128 in nodes of 2048: 0.040, 0.084, 2.10. Nodes of 2048: 0.037, 0.087, 2.30.
     chunk: int = 64
     node: int = 1024
+    # 2048: 0.045, 0.088, 2.47.
     words: int = 1024
+    # 64: 0.037, 0.075, 2.30; no difference between 8 and 16.
     rivals: int = 16
     slots: int = 1024
+    # Half as many: 8 x 1048576 takes 2.13.
     prefixes: int = 528
+    # More warps, or fewer words, repeat work: 0.046, 0.080, 2.33.
     encode: int = 32
-    keys: int = 1024
-    chunk_warps: int = 2
-    set_warps: int = 8
-    prefix_warps: int = 16
     encode_warps: int = 1
+    keys: int = 1024
+    # 1: 0.040, 0.080, 2.60. 4 (chunks of 128): 0.040, 0.096, 2.66.
+    chunk_warps: int = 2
+    # 4: 0.041, 0.074, 2.05. 16: 0.040, 0.079, 2.44.
+    set_warps: int = 8
+    # 8: 8 x 1048576 takes 2.11 with 2048 keys kept, 4.49 instead of 4.09 with 20000.
+    prefix_warps: int = 16
 
 
 TILES = SelectTiles()
@@ -151,7 +178,7 @@ def always_kept(index, begin, ptr_rank, ptr_arrival, key_len, keep_first, keep_r
     return nth < keep_first, until
 
 
-@triton.jit(do_not_specialize=[*PER_CALL, "n_tiles"])
+@triton.jit(do_not_specialize=PER_CALL)
 def _encode_kernel(ptr_score, ptr_mask, ptr_cu, ptr_planes, ptr_start, ptr_expiry,
                    key_len, heads, n_seqs, row_words, n_tiles,
                    HAS_MASK: tl.constexpr, PACKED: tl.constexpr,
@@ -166,7 +193,8 @@ def _encode_kernel(ptr_score, ptr_mask, ptr_cu, ptr_planes, ptr_start, ptr_expir
     offs_b = tl.arange(0, 32)[None, :]
     # [BLOCK_W, 32]
     planes = tl.zeros([BLOCK_W, 32], tl.uint32)
-    for i in range(32):
+    # Unrolled, so that a load is under way while the key before is spread: 5.7 instead of 7.6 us.
+    for i in tl.range(0, 32, loop_unroll_factor=8):
         index = offs_w * 32 + i
         live = (offs_w < row_words) & (index < key_len)
         order = order_keys(ptr_score, ptr_mask, index, live, HAS_MASK) ^ _PADDING
