@@ -9,15 +9,16 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-# Test processes share the cores; must be set before torch starts its threads.
-WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-THREADS = max(1, (os.cpu_count() or 1) // WORKERS)
-os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
+# Test processes share the cores: more threads than cores would wait for each other, busily. Must be
+# set before torch starts its threads.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    WORKERS = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // WORKERS))
 # Figures are drawn to files; there need be no display.
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
 PACKAGES = ("flash_sparse_attn", "flash_dmattn")
 ALLOCATORS = (

@@ -92,10 +92,11 @@ def check_broadcast(
     form = "({1|B}, {1|Hkv|H}, {1|Q}, {1|K})"
     check_tensor(name, tensor, form)
     batch, heads, query_len, key_len = shape
-    allowed = ({1, batch}, {1, kv_heads, heads}, {1, query_len}, {1, key_len})
+    # Tuples, not sets: hashing a symbolic size would make a compiler treat it as a constant.
+    allowed = ((1, batch), (1, kv_heads, heads), (1, query_len), (1, key_len))
     for dim, sizes in enumerate(allowed):
         if tensor.shape[dim] not in sizes:
-            expected = " or ".join(str(size) for size in sorted(sizes))
+            expected = " or ".join(str(size) for size in sorted(set(sizes)))
             raise ValueError(
                 f"{name}: expected {form} = broadcastable to {shape} with {kv_heads} KV heads, "
                 f"got {_shape(tensor)}: dimension {dim} has to be {expected}"

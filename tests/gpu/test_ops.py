@@ -147,6 +147,7 @@ def test_second_derivatives_are_refused():
         grad.sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad")
 def test_graph_retained_and_layers_share_a_plan_on_two_streams():
     query, key, value, scores = inputs(length=1000)
     selection = prepare_selection(select_keys(scores, 100))

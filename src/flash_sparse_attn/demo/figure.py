@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from typing import Any
 
 from . import cost
@@ -76,7 +77,7 @@ def _time(axis: Any, results: dict[str, Any]) -> None:
     for name, measured in results["measured"].items():
         seconds = [one["seconds"]["total"] for one in measured.values()]
         axis.loglog(list(measured), seconds, "o-", color=_METHODS[name], label=cost.COLUMNS[name])
-    axis.set_xlabel("length")
+    _lengths(axis, results["measured"]["ours"], "length")
     axis.set_ylabel("forward + backward, s")
     axis.legend(fontsize=8)
     axis.set_title(
@@ -89,7 +90,7 @@ def _memory(axis: Any, results: dict[str, Any]) -> None:
         peaks = {n: one["peak_bytes"] / 2**20 for n, one in measured.items() if one["peak_bytes"]}
         label = cost.COLUMNS[name]
         axis.loglog(list(peaks), list(peaks.values()), "o-", color=_METHODS[name], label=label)
-    axis.set_xlabel("length")
+    _lengths(axis, results["measured"]["ours"], "length")
     axis.set_ylabel("peak memory above the inputs, MiB")
     axis.set_title("b. memory", fontsize=10)
 
@@ -107,8 +108,8 @@ def _token_time(axis: Any, results: dict[str, Any]) -> None:
     contexts = [step["context"] for step in results["steps"]]
     milliseconds = [1e3 * step["seconds"] for step in results["steps"]]
     axis.semilogx(contexts, milliseconds, "o-", color="#2e7d6b")
-    axis.set_ylim(bottom=0)
-    axis.set_xlabel("context")
+    axis.set_ylim(0, 1.6 * max(milliseconds))
+    _lengths(axis, contexts, "context")
     axis.set_ylabel("time per token, ms")
     axis.set_title("d. decoding time", fontsize=10)
 
@@ -121,7 +122,15 @@ def _cache(axis: Any, results: dict[str, Any]) -> None:
     ):
         sizes = [step[field] / 2**20 for step in results["steps"]]
         axis.loglog(contexts, sizes, "o-", color=colour, label=name)
-    axis.set_xlabel("context")
+    _lengths(axis, contexts, "context")
     axis.set_ylabel("MiB")
     axis.legend(fontsize=8)
     axis.set_title("d. decoding memory", fontsize=10)
+
+
+def _lengths(axis: Any, lengths: Iterable[int], name: str) -> None:
+    """Mark the measured lengths themselves on a logarithmic axis."""
+    labels = {n: f"{n // 1024}K" if n % 1024 == 0 else str(n) for n in lengths}
+    axis.set_xticks(list(labels), labels.values())
+    axis.set_xticks([], minor=True)
+    axis.set_xlabel(name)

@@ -141,8 +141,8 @@ def describe(results: dict[str, Any]) -> str:
                 f"newest {config.window} bytes, the dynamic mask the newest {config.recent} and",
                 f"the {config.window - config.recent} best-scored of all. Training, the same for",
                 f"all: {settings.steps} steps of {settings.batch} x {settings.length} bytes,",
-                f"AdamW, rate {settings.learning_rate:g}, seed {settings.seed}. Losses in nats per byte; held",
-                f"out: {settings.test_sequences} x {settings.length} bytes.",
+                f"AdamW, rate {settings.learning_rate:g}, seed {settings.seed}. Losses in nats per",
+                f"byte; held out: {settings.test_sequences} x {settings.length} bytes.",
             ),
             "",
             table(header, rows),
@@ -150,9 +150,9 @@ def describe(results: dict[str, Any]) -> str:
             paragraph(
                 f"Answer: {'yes' if shown else 'NOT SHOWN'}. Reading {config.window} of up to",
                 f"{settings.length} bytes, the dynamic mask's held-out loss is",
-                f"{_compare(dynamic, full)} that of full attention and",
-                f"{_compare(dynamic, window)} that of the sliding window. The training is brief:",
-                "this shows that the mask trains on real text, not how large models compare.",
+                f"{_compare(dynamic, full)} that of full attention and {_compare(dynamic, window)}",
+                "that of the sliding window. The training is brief: this shows that the mask",
+                "trains on real text, not how large models compare.",
             ),
         ]
     )
