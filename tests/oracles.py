@@ -154,7 +154,7 @@ def check_attention(
 
     generator = torch.Generator().manual_seed(99)
     # Small enough for the absolute part of the budget to cover another order of summation.
-    grad_out = (0.25 * torch.randn(query.shape, generator=generator)).to(query.dtype)
+    grad_out = (0.25 * torch.randn(query.shape, generator=generator)).to(query)
     results = outputs_and_gradients(attend, inputs, grad_out)
     exact = {name: tensor.double() for name, tensor in inputs.items()}
     truth = outputs_and_gradients(reference, exact, grad_out)

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...plan import Plan
-from .config import TileConfig, architecture_of, has_tma, padded_head_dim, slot_rows, tiles_for
+from .config import TileConfig, architecture_of, padded_head_dim, slot_rows, tiles_for
 from .inputs import Call, is_aligned
 from .slots import copy_slots, slot_dim
 from .tiles import (
@@ -229,9 +229,7 @@ def forward(
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = torch.empty(batch, num_heads, query_len, dtype=torch.float32, device=query.device)
     norm = torch.empty_like(lse) if with_norm else None
-    architecture = architecture_of(query.device)
-    config = config or tiles_for(architecture, head_dim).forward
-    uses_tma = has_tma(architecture)
+    config = config or tiles_for(architecture_of(query.device), head_dim).forward
     num_tiles = triton.cdiv(plan.epoch_len * group, config.block_m)
     rows = batch * heads_kv
     chunk = slot_rows(rows, plan.num_epochs * plan.num_slots * slot_dim(head_dim), query, key)
@@ -239,8 +237,8 @@ def forward(
         now = range(row, min(row + chunk, rows))
         slots = copy_slots(plan, key, value, call.bias, now)
         forward_kernel[(len(now) * plan.num_epochs * num_tiles,)](
-            query, slots.source(slots.key, config.block_n, uses_tma),
-            slots.source(slots.value, config.block_n, uses_tma), out, lse, norm, plan.slot_key,
+            query, slots.source(slots.key, config.block_n, config.uses_tma),
+            slots.source(slots.value, config.block_n, config.uses_tma), out, lse, norm, plan.slot_key,
             plan.slot_start, plan.slot_expiry, plan.visible, plan.entered, plan.epochs, slots.bias,
             call.pair_tensor, *call.factors, query_len, plan.key_len, plan.epoch_len,
             plan.num_epochs, num_tiles, plan.old_slots, plan.num_slots, row, *query.stride()[:3],
@@ -248,6 +246,6 @@ def forward(
             SLOT_D=slot_dim(head_dim), BLOCK_D=padded_head_dim(head_dim), BLOCK_M=config.block_m,
             BLOCK_N=config.block_n, STAGES=config.num_stages, **call.flags, HAS_NORM=with_norm,
             CLAMPS=plan.clamps_positions, PACKED=plan.epochs is not None,
-            ALIGNED=is_aligned(query), TMA=uses_tma, num_warps=config.num_warps,
+            ALIGNED=is_aligned(query), TMA=config.uses_tma, num_warps=config.num_warps,
         )  # fmt: skip
     return out, lse, norm

@@ -18,7 +18,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ...plan import Plan
-from .config import TileConfig, architecture_of, has_tma, padded_head_dim, partial_rows
+from .config import (
+    REDUCED_FLOATS,
+    USES_AT_ONCE,
+    TileConfig,
+    padded_head_dim,
+    partial_rows,
+)
 from .grad_query import Saved
 from .inputs import Call, is_aligned, query_tiles
 from .slots import copy_slots
@@ -297,45 +303,52 @@ def reduce_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
+    USES: tl.constexpr,
     NEEDS_KEY: tl.constexpr,
     NEEDS_VALUE: tl.constexpr,
     NEEDS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """One program per (row, block of keys): the sum over the epochs of each key, zero if it has none."""
+    """One program per (row, block of keys): the sum over the epochs of each key, zero if it has none.
+
+    `USES` of a key are read at once, since what this costs is waiting for memory.
+    """
     i_local, i_block = row_and_rest(num_blocks)
     i_row = row_0 + i_local
-    key = i_block * BLOCK_K + tl.arange(0, BLOCK_K)  # [K]
-    live = key < key_len
+    offs = tl.arange(0, BLOCK_K * USES)  # [BLOCK_K * USES]
+    key = i_block * BLOCK_K + offs // USES
     index = i_row * key_len + key
-    end = tl.load(ptr_use_end + index, mask=live, other=0)
-    begin = tl.load(ptr_use_end + index - 1, mask=live & (index > 0), other=0)
+    end = tl.load(ptr_use_end + index, mask=key < key_len, other=0)
+    begin = tl.load(ptr_use_end + index - 1, mask=(key < key_len) & (index > 0), other=0)
     uses = (end - begin).to(tl.int32)
     part_base = i_local * num_epochs * num_slots
     grad_k = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     grad_v = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     grad_bias = tl.zeros([BLOCK_K, MEMBERS_PAD], tl.float32)
     member = tl.arange(0, MEMBERS_PAD)
-    for i in tl.range(0, tl.max(uses, 0), num_stages=STAGES):
-        used = i < uses
-        slot = part_base + tl.load(ptr_use_slot + begin + i, mask=used, other=0)
+    for i in range(0, tl.max(uses, 0), USES):
+        use = i + offs % USES
+        used = use < uses
+        slot = part_base + tl.load(ptr_use_slot + begin + use, mask=used, other=0)
         if NEEDS_KEY:
-            grad_k += load_rows(ptr_part_k, slot * D, used, D, BLOCK_D, True)
+            rows = load_rows(ptr_part_k, slot * D, used, D, BLOCK_D, True)
+            grad_k += tl.sum(rows.reshape(BLOCK_K, USES, BLOCK_D), 1)
         if NEEDS_VALUE:
-            grad_v += load_rows(ptr_part_v, slot * D, used, D, BLOCK_D, True)
+            rows = load_rows(ptr_part_v, slot * D, used, D, BLOCK_D, True)
+            grad_v += tl.sum(rows.reshape(BLOCK_K, USES, BLOCK_D), 1)
         if NEEDS_BIAS:
             ptrs = ptr_part_bias + (slot * MEMBERS)[:, None] + member[None, :]
-            grad_bias += tl.load(ptrs, mask=used[:, None] & (member < MEMBERS)[None, :], other=0.0)
+            rows = tl.load(ptrs, mask=used[:, None] & (member < MEMBERS)[None, :], other=0.0)
+            grad_bias += tl.sum(rows.reshape(BLOCK_K, USES, MEMBERS_PAD), 1)
+    key = i_block * BLOCK_K + tl.arange(0, BLOCK_K)  # [BLOCK_K]
+    live = key < key_len
     out = (i_row // HEADS_KV * key_len + key) * HEADS_KV + i_row % HEADS_KV
     if NEEDS_KEY:
         store_rows(ptr_grad_k, out * D, live, grad_k, D, BLOCK_D)
     if NEEDS_VALUE:
         store_rows(ptr_grad_v, out * D, live, grad_v, D, BLOCK_D)
     if NEEDS_BIAS:
-        offs = (i_row * MEMBERS + member)[None, :] * key_len + key[:, None]
-        tl.store(
-            ptr_grad_bias + offs, grad_bias, mask=live[:, None] & (member < MEMBERS)[None, :]
-        )
+        ptrs = ptr_grad_bias + (i_row * MEMBERS + member)[None, :] * key_len + key[:, None]
+        tl.store(ptrs, grad_bias, mask=live[:, None] & (member < MEMBERS)[None, :])
 
 
 def run_grad_key(
@@ -376,11 +389,11 @@ def run_grad_key(
     part_bias = part(grad_bias is not None, members)
     tiles_q: Any = None
     tiles_grad: Any = None
-    if has_tma(architecture_of(query.device)):
+    if config.uses_tma:
         tiles_q = query_tiles(query, group, config.block_m)
         tiles_grad = query_tiles(saved.grad_out, group, config.block_m)
     num_blocks = triton.cdiv(plan.num_slots, config.block_n)
-    block_k = max(1, 2048 // padded_head_dim(head_dim))
+    block_k = max(1, REDUCED_FLOATS // (USES_AT_ONCE * padded_head_dim(head_dim)))
     key_blocks = triton.cdiv(key_len, block_k)
     for row in range(0, rows, chunk):
         now = range(row, min(row + chunk, rows))
@@ -403,5 +416,6 @@ def run_grad_key(
             part_key, part_value, part_bias, plan.use_end, plan.use_slot, grad_key, grad_value,
             grad_bias, key_len, plan.num_epochs, plan.num_slots, key_blocks, row, HEADS_KV=heads_kv,
             MEMBERS=members, MEMBERS_PAD=triton.next_power_of_2(members), D=head_dim,
-            BLOCK_D=padded_head_dim(head_dim), BLOCK_K=block_k, STAGES=2, **flags, num_warps=4,
+            BLOCK_D=padded_head_dim(head_dim), BLOCK_K=block_k,
+            USES=USES_AT_ONCE, **flags, num_warps=4,
         )  # fmt: skip

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...plan import Plan
-from .config import TileConfig, architecture_of, has_tma, padded_head_dim, slot_rows
+from .config import TileConfig, padded_head_dim, slot_rows
 from .inputs import Call, is_aligned
 from .slots import copy_slots, slot_dim
 from .tiles import (
@@ -264,7 +264,6 @@ def run_grad_query(
     heads_kv, head_dim = key.shape[2], key.shape[3]
     group = query.shape[2] // heads_kv
     rows = rows or range(query.shape[0] * heads_kv)
-    uses_tma = has_tma(architecture_of(query.device))
     num_tiles = triton.cdiv(plan.epoch_len * group, config.block_m)
     pair_grad = "none"
     if grad_pair is not None:
@@ -280,7 +279,7 @@ def run_grad_query(
         sources = (None, None)
         if slots is not None:
             sources = tuple(
-                slots.source(t, config.block_n, uses_tma) for t in (slots.key, slots.value)
+                slots.source(t, config.block_n, config.uses_tma) for t in (slots.key, slots.value)
             )
         grad_query_kernel[(len(now) * plan.num_epochs * num_tiles,)](
             query, *sources, saved.out, saved.grad_out, saved.norm, saved.delta, grad_query, grad_pair,
@@ -293,5 +292,5 @@ def run_grad_query(
             STAGES=config.num_stages, **call.flags, PAIR_GRAD=pair_grad,
             NEEDS_QUERY=grad_query is not None, CLAMPS=plan.clamps_positions,
             PACKED=plan.epochs is not None, ALIGNED=is_aligned(query),
-            GRAD_ALIGNED=is_aligned(saved.grad_out), TMA=uses_tma, num_warps=config.num_warps,
+            GRAD_ALIGNED=is_aligned(saved.grad_out), TMA=config.uses_tma, num_warps=config.num_warps,
         )  # fmt: skip
