@@ -55,9 +55,10 @@ def test_operators_pass_opcheck():
         test_utils=("test_schema", "test_faketensor"),
     )
     call = (0.125, 0.0, False, list(plan.sizes))
+    bias = scores.detach()[:, :, None].requires_grad_()
     torch.library.opcheck(
         torch.ops.flash_sparse_attn.forward,
-        (query, key, value, scores[:, :, None], plan.tensors(), *call),
+        (query, key, value, bias, plan.tensors(), *call),
     )
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 PATTERNS = ("random", "equal", "ascending", "descending", "values95")
+GPU_PATTERNS = (*PATTERNS, "two-level", "ar1", "trend-up", "trend-down")
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Case:
         name: Unique name on the command line and in rows.
         what: ``"attention"`` (selection, forward, all gradients) or ``"selection"``.
         batch, heads, kv_heads, length, head_dim, window: B, H, Hkv, N, D, W.
-        pattern: How the scores are drawn, one of `PATTERNS`.
+        pattern: How the scores are drawn, one of `GPU_PATTERNS`.
         dtype: dtype of query, key and value; scores are fp32.
         device: ``"cpu"`` or ``"cuda"``.
         providers: What is measured; the first is ours, the others are its baselines.
@@ -98,15 +99,16 @@ GRADIENTS = ("query", "key", "value", "scores")
 
 
 def make_inputs(case: Case, seed: int = 0) -> Inputs:
-    """Seeded inputs of a case; drawn on the CPU, so that they are the same on every device."""
-    generator = torch.Generator().manual_seed(seed)
+    """Seeded inputs of a case, drawn on its device."""
+    generator = torch.Generator(case.device).manual_seed(seed)
     dtype = getattr(torch, case.dtype)
 
     def draw(heads: int) -> Tensor:
         shape = (case.batch, case.length, heads, case.head_dim)
-        return torch.randn(shape, generator=generator).to(case.device, dtype)
+        tensor = torch.empty(shape, device=case.device, dtype=dtype)
+        return tensor.normal_(generator=generator)
 
-    scores = make_scores(case, generator).to(case.device)
+    scores = make_scores(case, generator)
     if case.what == "selection":
         empty = torch.empty(0)
         return Inputs(empty, empty, empty, scores, empty)
@@ -120,24 +122,50 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
 def make_scores(case: Case, generator: torch.Generator) -> Tensor:
     """Scores fp32 ``[B, Hkv, N]`` of the case's pattern."""
     shape = (case.batch, case.kv_heads, case.length)
-    if case.pattern == "random":
-        return torch.randn(shape, generator=generator)
+    device = generator.device
     if case.pattern == "values95":
-        return torch.randint(0, 95, shape, generator=generator) / 47.0 - 1.0
-    line = {
-        "equal": torch.zeros(case.length),
-        "ascending": torch.linspace(-2, 2, case.length),
-        "descending": torch.linspace(2, -2, case.length),
+        return torch.randint(0, 95, shape, generator=generator, device=device) / 47.0 - 1.0
+    noise = torch.randn(shape, generator=generator, device=device)
+    line = torch.linspace(-2, 2, case.length, device=device).expand(shape)
+    if case.pattern == "ar1":
+        # y_t = 0.99 y_{t-1} + x_t as a convolution with the first powers of 0.99
+        powers = 0.99 ** torch.arange(1024, device=device)
+        size = case.length + 1024
+        product = torch.fft.rfft(noise, size) * torch.fft.rfft(powers, size)
+        return torch.fft.irfft(product, size)[..., : case.length].contiguous() / 7
+    return {
+        "random": noise,
+        "equal": torch.zeros_like(noise),
+        "ascending": line.contiguous(),
+        "descending": -line,
+        "two-level": (noise > 1).float(),
+        "trend-up": noise + line,
+        "trend-down": noise - line,
     }[case.pattern]
-    return line.expand(shape).contiguous()
 
 
 _ALL = ("ours", "sdpa-causal", "sdpa-masked")
 _CPU_16K = Case("cpu-16k-random", "attention", 1, 4, 2, 16384, 64, 256, providers=_ALL)
 
+_SAME = ("ours", "sdpa-causal", "flex")
+_GPU_A = Case("gpu-a", "attention", 1, 2, 1, 32768, 64, 1024, "random", "bfloat16", "cuda", _SAME)
+_GPU_B = Case("gpu-b", "attention", 1, 32, 8, 32768, 128, 2048, "random", "bfloat16", "cuda", _SAME)
+_GPU = (
+    _GPU_A,
+    _GPU_B,
+    replace(_GPU_B, name="gpu-c", length=131072, providers=("ours", "sdpa-causal")),
+    replace(_GPU_B, name="gpu-1m", length=1 << 20, providers=("ours",)),
+    *(replace(_GPU_B, name=f"gpu-{n}", length=n) for n in (2048, 4096, 8192, 16384)),
+    *(
+        replace(_GPU_B, name=f"gpu-b-{pattern}", pattern=pattern, providers=("ours",))
+        for pattern in GPU_PATTERNS[1:]
+    ),
+)
+
 CASES = {
     case.name: case
     for case in (
+        *_GPU,
         _CPU_16K,
         *(
             replace(_CPU_16K, name=f"cpu-16k-{pattern}", pattern=pattern, providers=("ours",))

@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,8 @@ def measure(case: Case, provider: Provider, repeats: int, budget_seconds: float)
     small = replace(case, length=min(case.length, 256), window=min(case.window, 64))
     _run(small, provider, make_inputs(small), clock)
 
+    if case.device == "cuda":
+        return _measure_graphs(case, provider, repeats)
     inputs = make_inputs(case)
     memory = _PeakMemory(case.device)
     first = _run(case, provider, inputs, clock)
@@ -100,6 +103,61 @@ def _run(case: Case, provider: Provider, inputs: Inputs, clock: _Clock) -> dict[
     selection, forward, backward = clock.seconds()
     total = selection + forward + backward
     return {"selection": selection, "forward": forward, "backward": backward, "total": total}
+
+
+def _measure_graphs(case: Case, provider: Provider, repeats: int) -> dict[str, Any]:
+    """Device time of each part: replays of CUDA graphs, the L2 cache cold before each."""
+    inputs = make_inputs(case)
+    leaves = inputs.leaves()[: 3 if provider.dense else 4]
+    memory = _PeakMemory(case.device)
+    out = provider.attend(inputs, provider.select(inputs, case.window))
+    torch.autograd.grad(out, leaves, inputs.grad_out)
+    peak = memory.peak()
+    del out
+
+    graphs = {}
+    mask = None
+    if not provider.dense:
+        graphs["selection"] = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graphs["selection"]):
+                mask = provider.select(inputs, case.window)
+        except RuntimeError:  # not capturable: timed as a call, host time included
+            torch.cuda.synchronize()
+            del graphs["selection"]
+            mask = provider.select(inputs, case.window)
+    graphs["forward"] = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graphs["forward"]):
+        out = provider.attend(inputs, mask)
+    graphs["backward"] = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graphs["backward"]):
+        torch.autograd.grad(out, leaves, inputs.grad_out)
+
+    cold = torch.empty(_COLD_CACHE_FLOATS, device=case.device)
+    parts: dict[str, Callable[[], Any]] = {name: graph.replay for name, graph in graphs.items()}
+    if not provider.dense and "selection" not in graphs:
+        parts = {"selection": lambda: provider.select(inputs, case.window), **parts}
+    for play in parts.values():
+        play()
+    runs: list[dict[str, float]] = []
+    for _ in range(repeats):
+        run = {}
+        for name, play in parts.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            cold.zero_()
+            begin.record()
+            play()
+            end.record()
+            torch.cuda.synchronize()
+            run[name] = begin.elapsed_time(end) / 1e3
+        runs.append({**run, "total": sum(run.values())})
+    return {
+        "seconds": {part: statistics.median(run[part] for run in runs) for part in runs[0]},
+        "spread": [min(run["total"] for run in runs), max(run["total"] for run in runs)],
+        "repeats": len(runs),
+        "warm": True,
+        "peak_bytes": peak,
+    }
 
 
 class _Clock:

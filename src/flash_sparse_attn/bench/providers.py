@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import dispatch
 from ..attention import flash_sparse_attn_func
 from ..reference import attention_reference
-from ..selection import select_keys
+from ..selection import prepare_selection, select_keys
 from .cases import GRADIENTS, Case, Inputs, make_inputs
 
 
@@ -45,7 +47,7 @@ def _ours(backend: str | None) -> Provider:
     name = "the best backend" if backend is None else f"the {backend} backend"
     return Provider(
         f"select_keys and flash_sparse_attn_func, {name}",
-        lambda inputs, window: select_keys(inputs.scores, window),
+        lambda inputs, window: prepare_selection(select_keys(inputs.scores, window)),
         lambda inputs, selection: flash_sparse_attn_func(
             inputs.query,
             inputs.key,
@@ -90,7 +92,44 @@ def _attend_masked(inputs: Inputs, mask: Tensor) -> Tensor:
 def _attend_causal(inputs: Inputs, _: None) -> Tensor:
     grouped = inputs.query.shape[2] != inputs.key.shape[2]
     query, key, value = (x.transpose(1, 2) for x in (inputs.query, inputs.key, inputs.value))
-    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+    # On GPUs the fastest of PyTorch's kernels; elsewhere the list has no effect.
+    kernels = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+    with sdpa_kernel(kernels, set_priority=True):
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+    return out.transpose(1, 2)
+
+
+def _select_flex(inputs: Inputs, window: int) -> Any:
+    """A BlockMask of the same selection; building it is part of this provider's selection."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    selection = select_keys(inputs.scores, window)
+    expiry = selection.expiry
+    batch, length, heads, _ = inputs.query.shape
+    group = heads // inputs.key.shape[2]
+
+    def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (k <= q) & (q < expiry[b, h // group, k])
+
+    return create_block_mask(visible, batch, heads, length, length, inputs.query.device)
+
+
+@cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
+
+
+def _attend_flex(inputs: Inputs, mask: Any) -> Tensor:
+    group = inputs.query.shape[2] // inputs.key.shape[2]
+    scores = inputs.scores
+
+    def biased(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return score + scores[b, h // group, k]
+
+    query, key, value = (x.transpose(1, 2) for x in (inputs.query, inputs.key, inputs.value))
+    out = _compiled_flex()(query, key, value, biased, mask, enable_gqa=group > 1)
     return out.transpose(1, 2)
 
 
@@ -119,6 +158,11 @@ PROVIDERS = {
         lambda inputs, window: None,
         _attend_causal,
         dense=True,
+    ),
+    "flex": Provider(
+        "FlexAttention, compiled, with the same mask and bias",
+        _select_flex,
+        _attend_flex,
     ),
     "reference": Provider(
         "the eager oracle on the dense mask of the definition",

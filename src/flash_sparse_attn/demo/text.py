@@ -44,7 +44,7 @@ class TextSettings:
     """
 
     seed: int = 0
-    steps: int = 120
+    steps: int = 100
     batch: int = 8
     length: int = 512
     learning_rate: float = 5e-3

@@ -39,6 +39,7 @@ _NO_KEY = tl.constexpr(-(2**63))
 _EPOCH_FIELDS = 8
 _COARSE = 1 << 15  # queries of a coarse epoch
 _RUN = 1024  # keys sorted by one program
+_BLOCK = 4096  # keys looked at together
 
 _SIZES = (
     "query_len",
@@ -51,6 +52,8 @@ _SIZES = (
     "num_coarse",
     "keep_first",
     "keep_recent",
+    "piece_len",
+    "num_pieces",
     "num_runs",
     "num_bits",
     "num_sequences",
@@ -97,15 +100,6 @@ def _sequence_of(i_epoch, ptr_epochs, key_len, PACKED: tl.constexpr):
 
 
 @triton.jit
-def _append(ptr_list, keys, keep, count, capacity):
-    """Write the kept keys behind `count` others, in order; returns the new count."""
-    ones = keep.to(tl.int32)
-    place = count + tl.cumsum(ones, 0) - 1
-    tl.store(ptr_list + place, keys, mask=keep & (place < capacity))
-    return tl.minimum(count + tl.sum(ones, 0), capacity)
-
-
-@triton.jit
 def _pad(ptr_key, ptr_start, ptr_expiry, used):
     """Fill the last block of slots with slots that nobody sees."""
     offs = tl.arange(0, _ALIGN)  # [ALIGN]
@@ -135,29 +129,63 @@ def _recent_begin(ptr_mask, at, keep_recent, HAS_MASK: tl.constexpr, BLOCK: tl.c
         return at - tl.maximum(keep_recent, 1) + 1
 
 
+@triton.jit
+def _is_old(ptr_start, ptr_expiry, key, mask, low, old_limit, RANKED: tl.constexpr, CAUSAL: tl.constexpr):
+    """Which of these keys belong to the old part of an epoch that begins at `low`."""
+    expiry = tl.load(ptr_expiry + key, mask=mask, other=0)
+    if RANKED:
+        return mask & (expiry > low)
+    else:
+        start = tl.load(ptr_start + key, mask=mask, other=_NEVER)
+        if CAUSAL:
+            start = tl.maximum(start, key)
+        return mask & (expiry == _NEVER) & (start <= old_limit)
+
+
+@triton.jit
+def _write_new(
+    ptr_start, ptr_expiry, ptr_key, ptr_slot_start, ptr_slot_expiry, ptr_entered, key_0, position, num,
+    low, high, new_begin, new_end, old_limit, capacity,
+    RANKED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write the new slots of an epoch and how many each query may see; returns their number."""
+    offs = tl.arange(0, BLOCK)  # [BLOCK]
+    entered = 0
+    for i in range(new_begin, high + 1, BLOCK):
+        key = i + offs
+        inside = (key >= 0) & (key < new_end)
+        expiry = tl.load(ptr_expiry + key, mask=inside, other=0)
+        start = tl.load(ptr_start + key, mask=inside, other=0)
+        if CAUSAL:
+            start = tl.maximum(start, key)
+        keep = inside & (expiry > tl.maximum(start, low)) & (start <= high)
+        if not RANKED:
+            keep = keep & ((expiry != _NEVER) | (start > old_limit))
+        ones = keep.to(tl.int32)
+        inclusive = entered + tl.cumsum(ones, 0)
+        slot = inclusive - 1
+        keep = keep & (slot < capacity)
+        tl.store(ptr_key + slot, key_0 + key, mask=keep)
+        tl.store(ptr_slot_start + slot, start, mask=keep)
+        tl.store(ptr_slot_expiry + slot, expiry, mask=keep)
+        if CAUSAL:
+            offs_query = key - position
+            tl.store(ptr_entered + offs_query, inclusive, mask=(offs_query >= 0) & (key <= high))
+        entered += tl.sum(ones, 0)
+    if not CAUSAL:
+        for i in range(0, num, BLOCK):
+            tl.store(ptr_entered + i + offs, tl.zeros_like(offs) + entered, mask=i + offs < num)
+    _pad(ptr_key, ptr_slot_start, ptr_slot_expiry, entered)
+    return entered
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def _collect_kernel(
-    ptr_start,
-    ptr_expiry,
-    ptr_mask,
-    ptr_coarse,
-    ptr_coarse_counts,
-    ptr_epochs,
-    ptr_list,
-    ptr_key,
-    ptr_slot_start,
-    ptr_slot_expiry,
-    ptr_counts,
-    ptr_entered,
-    query_len,
-    key_len,
-    epoch_len,
-    num_epochs,
-    old_slots,
-    num_slots,
-    coarse_len,
-    num_coarse,
-    keep_recent,
+    ptr_start, ptr_expiry, ptr_mask, ptr_coarse, ptr_coarse_counts, ptr_epochs, ptr_list, ptr_key,
+    ptr_slot_start, ptr_slot_expiry, ptr_counts, ptr_entered, query_len, key_len, epoch_len, num_epochs,
+    old_slots, num_slots, coarse_len, num_coarse, keep_recent, piece_len, num_pieces,
     HEADS_KV: tl.constexpr,
     HAS_MASK: tl.constexpr,
     RANKED: tl.constexpr,
@@ -167,15 +195,20 @@ def _collect_kernel(
     ONLY_OLD: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
-):
-    """One program per (row, epoch): the list of old keys by position, and the new slots."""
-    i_row, rest = row_and_rest(num_epochs)
-    i_epoch = num_epochs - 1 - rest  # those with the longest past first
+):  # fmt: skip
+    """One program per (row, epoch, piece): a piece of the list of old keys, by position.
+
+    A piece first counts the keys before its own, which needs no order and so no waiting. The last
+    piece writes the new slots instead.
+    """
+    i_row, rest = row_and_rest(num_epochs * num_pieces)
+    i_epoch = num_epochs - 1 - rest // num_pieces  # those with the longest past first
+    i_piece = rest % num_pieces
     first, num, position = epoch_bounds(i_epoch, ptr_epochs, query_len, key_len, epoch_len, PACKED)
     key_0, num_keys, epoch_0, seq = _sequence_of(i_epoch, ptr_epochs, key_len, PACKED)
     ptr_start += i_row * key_len + key_0
     ptr_expiry += i_row * key_len + key_0
-    list_base = (i_row * num_epochs + i_epoch) * old_slots
+    ptr_counts += (i_row * num_epochs + i_epoch) * 2
     offs = tl.arange(0, BLOCK)  # [BLOCK]
 
     low, high = position, position + num - 1
@@ -184,79 +217,71 @@ def _collect_kernel(
     if HAS_MASK:
         ptr_mask += i_row // HEADS_KV * key_len + key_0
     new_begin = _recent_begin(ptr_mask, low, keep_recent, HAS_MASK, BLOCK)
-    new_end = tl.minimum(high + 1, num_keys)
+    new_end = tl.where(num > 0, tl.minimum(high + 1, num_keys), 0)
     if RANKED:
         old_end = tl.minimum(new_begin, num_keys)
     elif CAUSAL:
         old_end = new_end
     else:
         old_end = num_keys
-    old_limit = high if CAUSAL else low
     old_end = tl.where(num > 0, old_end, 0)
-    new_end = tl.where(num > 0, new_end, 0)
+    old_limit = high if CAUSAL else low
 
-    count = 0
-    scan_begin = 0
-    if FROM_COARSE:
-        within = (i_epoch - epoch_0) * epoch_len
-        i_coarse = (first - within) // coarse_len + seq + within // coarse_len
-        coarse_begin = _recent_begin(
-            ptr_mask, low - within % coarse_len, keep_recent, HAS_MASK, BLOCK
-        )
-        scan_begin = tl.maximum(coarse_begin, 0)
-        ptr_coarse += (i_row * num_coarse + i_coarse) * old_slots
-        listed = 0
-        if num > 0:
-            listed = tl.load(ptr_coarse_counts + (i_row * num_coarse + i_coarse) * 2)
-        for i in tl.range(0, listed, BLOCK, num_stages=STAGES):
-            key = tl.load(ptr_coarse + i + offs, mask=i + offs < listed, other=0)
-            expiry = tl.load(ptr_expiry + key)
-            keep = (i + offs < listed) & (expiry > low)
-            count = _append(ptr_list + list_base, key, keep, count, old_slots)
-    for i in tl.range(scan_begin, old_end, BLOCK, num_stages=STAGES):
-        key = i + offs
-        expiry = tl.load(ptr_expiry + key, mask=key < old_end, other=0)
-        if RANKED:
-            keep = expiry > low
-        else:
-            start = tl.load(ptr_start + key, mask=key < old_end, other=_NEVER)
-            if CAUSAL:
-                start = tl.maximum(start, key)
-            keep = (expiry == _NEVER) & (start <= old_limit)
-        keep = keep & (key < old_end)
-        count = _append(ptr_list + list_base, key, keep, count, old_slots)
-    tl.store(ptr_counts + (i_row * num_epochs + i_epoch) * 2, count)
-
-    entered = 0
-    if not ONLY_OLD:
+    if (i_piece == num_pieces - 1) & (not ONLY_OLD):
         slot_base = (i_row * num_epochs + i_epoch) * num_slots + old_slots
-        capacity = num_slots - old_slots
-        ptr_entered += i_row * query_len + first
-        for i in tl.range(new_begin, high + 1, BLOCK):
-            key = i + offs
-            inside = (key >= 0) & (key < new_end)
-            expiry = tl.load(ptr_expiry + key, mask=inside, other=0)
-            start = tl.load(ptr_start + key, mask=inside, other=0)
-            effective = tl.maximum(start, key) if CAUSAL else start
-            keep = inside & (expiry > tl.maximum(effective, low)) & (effective <= high)
-            if not RANKED:
-                keep = keep & ((expiry != _NEVER) | (effective > old_limit))
-            ones = keep.to(tl.int32)
-            inclusive = entered + tl.cumsum(ones, 0)
-            slot = inclusive - 1
-            keep = keep & (slot < capacity)
-            tl.store(ptr_key + slot_base + slot, key_0 + key, mask=keep)
-            tl.store(ptr_slot_start + slot_base + slot, effective, mask=keep)
-            tl.store(ptr_slot_expiry + slot_base + slot, expiry, mask=keep)
-            if CAUSAL:
-                offs_query = key - position
-                tl.store(ptr_entered + offs_query, inclusive, mask=(offs_query >= 0) & (key <= high))
-            entered += tl.sum(ones, 0)
-        if not CAUSAL:
-            for i in range(0, num, BLOCK):
-                tl.store(ptr_entered + i + offs, tl.zeros_like(offs) + entered, mask=i + offs < num)
-        _pad(ptr_key + slot_base, ptr_slot_start + slot_base, ptr_slot_expiry + slot_base, entered)
-    tl.store(ptr_counts + (i_row * num_epochs + i_epoch) * 2 + 1, entered)
+        entered = _write_new(
+            ptr_start, ptr_expiry, ptr_key + slot_base, ptr_slot_start + slot_base,
+            ptr_slot_expiry + slot_base, ptr_entered + i_row * query_len + first, key_0, position, num,
+            low, high, new_begin, new_end, old_limit, num_slots - old_slots, RANKED, CAUSAL, BLOCK,
+        )  # fmt: skip
+        tl.store(ptr_counts + 1, entered)
+    else:
+        ptr_list += (i_row * num_epochs + i_epoch) * old_slots
+        scan_begin = 0
+        listed = 0
+        if FROM_COARSE:
+            within = (i_epoch - epoch_0) * epoch_len
+            i_coarse = (first - within) // coarse_len + seq + within // coarse_len
+            coarse_at = low - within % coarse_len
+            scan_begin = _recent_begin(ptr_mask, coarse_at, keep_recent, HAS_MASK, BLOCK)
+            scan_begin = tl.maximum(scan_begin, 0)
+            ptr_coarse += (i_row * num_coarse + i_coarse) * old_slots
+            if num > 0:
+                listed = tl.load(ptr_coarse_counts + (i_row * num_coarse + i_coarse) * 2)
+        begin = scan_begin + i_piece * piece_len
+        end = tl.minimum(begin + piece_len, old_end)
+        if (i_piece == 0) | (begin < old_end):
+            before = tl.zeros([BLOCK], tl.int32)
+            count = 0
+            if FROM_COARSE:
+                for i in tl.range(0, listed, BLOCK, num_stages=STAGES):
+                    used = i + offs < listed
+                    key = tl.load(ptr_coarse + i + offs, mask=used, other=0)
+                    keep = _is_old(
+                        ptr_start, ptr_expiry, key, used, low, old_limit, RANKED, CAUSAL
+                    ).to(tl.int32)
+                    if i_piece == 0:
+                        place = count + tl.cumsum(keep, 0) - 1
+                        tl.store(ptr_list + place, key, mask=(keep > 0) & (place < old_slots))
+                        count += tl.sum(keep, 0)
+                    else:
+                        before += keep
+            for i in tl.range(scan_begin, begin, BLOCK, num_stages=STAGES):
+                key = i + offs
+                before += _is_old(
+                    ptr_start, ptr_expiry, key, key < begin, low, old_limit, RANKED, CAUSAL
+                ).to(tl.int32)
+            count += tl.sum(before, 0)
+            for i in tl.range(begin, end, BLOCK, num_stages=STAGES):
+                key = i + offs
+                keep = _is_old(
+                    ptr_start, ptr_expiry, key, key < end, low, old_limit, RANKED, CAUSAL
+                ).to(tl.int32)
+                place = count + tl.cumsum(keep, 0) - 1
+                tl.store(ptr_list + place, key, mask=(keep > 0) & (place < old_slots))
+                count += tl.sum(keep, 0)
+            if end >= old_end:
+                tl.store(ptr_counts, tl.minimum(count, old_slots))
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -510,7 +535,7 @@ def build_plan(
     mask = selection.key_mask.contiguous() if recent and selection.key_mask is not None else None
     scan = {
         "HEADS_KV": selection.start.shape[-2], "HAS_MASK": mask is not None,
-        "BLOCK": 4096, "STAGES": 3, "num_warps": 16,
+        "BLOCK": _BLOCK, "STAGES": 3, "num_warps": 16,
     }  # fmt: skip
     sizes = (query_len, key_len)
 
@@ -522,13 +547,17 @@ def build_plan(
         coarse_list, coarse_counts = ints(rows, num_coarse, old_slots), ints(rows, num_coarse, 2)
         _collect_kernel[(rows * num_coarse,)](
             *intervals, mask, None, None, coarse_table, coarse_list, None, None, None, coarse_counts, None,
-            *sizes, _COARSE, num_coarse, old_slots, num_slots, _COARSE, 0, recent,
+            *sizes, _COARSE, num_coarse, old_slots, num_slots, _COARSE, 0, recent, key_len, 1,
             **facts, FROM_COARSE=False, ONLY_OLD=True, **scan,
         )  # fmt: skip
-    _collect_kernel[(rows * num_epochs,)](
+    # The keys that one epoch looks at; with padding the recent ones may reach back any distance.
+    reach = key_len if coarse_list is None or mask is not None else _COARSE
+    piece_len = _BLOCK if mask is None else key_len
+    num_pieces = triton.cdiv(reach, piece_len) + 1
+    _collect_kernel[(rows * num_epochs * num_pieces,)](
         *intervals, mask, coarse_list, coarse_counts, table, listed, slot_key, slot_start, slot_expiry,
         counts, entered, *sizes, epoch_len, num_epochs, old_slots, num_slots, _COARSE, num_coarse,
-        recent, **facts, FROM_COARSE=coarse_list is not None, ONLY_OLD=False, **scan,
+        recent, piece_len, num_pieces, **facts, FROM_COARSE=coarse_list is not None, ONLY_OLD=False, **scan,
     )  # fmt: skip
 
     ordered, num_runs = None, triton.cdiv(old_slots, _RUN)
