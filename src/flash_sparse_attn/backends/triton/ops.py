@@ -131,7 +131,12 @@ def _backward(
     wrapped = None if bias is None else Bias.of(bias, query.shape[2], key.shape[2])
     call = Call(softmax_scale, softcap, wrapped)
     record = Plan.of(plan, sizes, clamps_positions)
-    grads = backward(record, query, key, value, out, norm, grad_out, call, Needs(*needs))
+    # Adding one number to all scores of a row changes nothing: such a bias has the gradient zero.
+    is_constant = bias is not None and bias.shape[3] == 1
+    wanted = Needs(*needs[:3], bias=needs[3] and not is_constant)
+    grads = list(backward(record, query, key, value, out, norm, grad_out, call, wanted))
+    if needs[3] and bias is not None and is_constant:
+        grads[3] = bias.new_zeros(bias.shape)
     none = norm.new_empty(0)
     return tuple(none.clone() if grad is None else grad for grad in grads)  # type: ignore[return-value]
 
