@@ -4,9 +4,8 @@
 
 Shapes are named below; default A and B. Times are milliseconds of device time: CUDA-graph replays
 with a cold L2, measured as a graph of flushes and calls less the same graph of flushes alone.
-Forward includes its copies and the log-sum-exp, backward everything that it launches. ``--patterns``
-times all patterns of scores, ``--baseline`` dense causal attention of PyTorch as well. Peak memory is
-that of one forward and backward pass above nothing, and as a ratio to the call's own tensors.
+Forward includes its copies and the log-sum-exp, backward everything that it launches.
+``--patterns`` times all patterns of scores, ``--baseline`` dense causal attention of PyTorch too.
 """
 
 from __future__ import annotations
@@ -182,42 +181,53 @@ def dense_baseline(inputs: Pass) -> tuple[float, float]:
     return times[0], times[1] - times[0]
 
 
-def run(name: str, pattern: str, baseline: bool) -> None:
-    """Print one row."""
-    shape = SHAPES[name]
-    inputs = Pass(shape, pattern)
+def stage_times(inputs: Pass, calls: int) -> tuple[dict[str, float], float]:
+    """Milliseconds of every stage, and the error of the output."""
     selection = inputs.select()
     plan = inputs.plan(selection)
     error = inputs.check(plan)
     out, _, norm = inputs.forward(plan)
-    calls = 1 if shape.length > 100_000 else 8
-    stages = {
+    return {
         "select": device_time(inputs.select, calls),
         "plan": device_time(lambda: inputs.plan(selection), calls),
         "forward": device_time(lambda: inputs.forward(plan), calls),
         "backward": device_time(lambda: inputs.backward(plan, out, norm), calls),
-    }
-    useful = 4 * shape.dim * shape.visible_pairs / 1e9
-    rates = f"{useful / stages['forward']:.0f} / {2.5 * useful / stages['backward']:.0f} TFLOP/s"
-    del out, norm, plan, selection
+    }, error
+
+
+def peak_memory(inputs: Pass) -> tuple[int, float]:
+    """Bytes at the peak of a step, inputs included, and that over the bytes of the call's own tensors.
+
+    Those are query, key, value, scores, their gradients, the output, its gradient and the lse.
+    """
     torch.cuda.synchronize()
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     inputs.step()
     peak = torch.cuda.max_memory_allocated()
-    # Twice: every input but dO has a result or a gradient of its size.
     own = 4 * inputs.query.nbytes + 4 * inputs.key.nbytes + 2 * inputs.scores.nbytes
     own += 4 * math.prod(inputs.query.shape[:3])
+    return peak, peak / own
+
+
+def run(name: str, pattern: str, baseline: bool) -> None:
+    """Print one row."""
+    shape = SHAPES[name]
+    inputs = Pass(shape, pattern)
+    times, error = stage_times(inputs, 1 if shape.length > 100_000 else 8)
+    useful = 4 * shape.dim * shape.visible_pairs / 1e9
+    peak, ratio = peak_memory(inputs)
     print(
         f"{name} | {pattern} | "
-        + " | ".join(f"{stage} {time:.4f}" for stage, time in stages.items())
-        + f" | all {sum(stages.values()):.3f} | {rates} | error {error:.1e} "
-        + f"| peak {peak / 2**30:.2f} GiB, {peak / own:.2f} of own",
+        + " | ".join(f"{stage} {time:.4f}" for stage, time in times.items())
+        + f" | all {sum(times.values()):.3f}"
+        f" | {useful / times['forward']:.0f} / {2.5 * useful / times['backward']:.0f} TFLOP/s"
+        f" | error {error:.1e} | peak {peak / 2**30:.2f} GiB, {ratio:.2f} of own",
         flush=True,
     )
     if baseline:
-        print(
-            "   dense causal SDPA: forward {:.3f}, backward {:.3f}".format(*dense_baseline(inputs))
-        )
+        forward_time, backward_time = dense_baseline(inputs)
+        print(f"   dense causal SDPA: forward {forward_time:.3f}, backward {backward_time:.3f}")
 
 
 def main() -> None:

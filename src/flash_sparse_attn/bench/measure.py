@@ -20,7 +20,7 @@ from .cases import Case, Inputs, make_inputs
 from .providers import PROVIDERS, Provider
 
 _COLD_CACHE_FLOATS = 64 << 20
-_SLOW_SECONDS = 5.0
+_SLOW_SECONDS = 20.0
 
 
 def measure_isolated(

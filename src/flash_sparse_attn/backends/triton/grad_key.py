@@ -310,15 +310,15 @@ def reduce_kernel(
 ):  # fmt: skip
     """One program per (row, block of keys): the sum over the epochs of each key, zero if it has none.
 
-    `USES` of a key are read at once, since what this costs is waiting for memory.
+    `USES` steps are written out, so that their loads are on their way together.
     """
     i_local, i_block = row_and_rest(num_blocks)
     i_row = row_0 + i_local
-    offs = tl.arange(0, BLOCK_K * USES)  # [BLOCK_K * USES]
-    key = i_block * BLOCK_K + offs // USES
+    key = i_block * BLOCK_K + tl.arange(0, BLOCK_K)  # [BLOCK_K]
+    live = key < key_len
     index = i_row * key_len + key
-    end = tl.load(ptr_use_end + index, mask=key < key_len, other=0)
-    begin = tl.load(ptr_use_end + index - 1, mask=(key < key_len) & (index > 0), other=0)
+    end = tl.load(ptr_use_end + index, mask=live, other=0)
+    begin = tl.load(ptr_use_end + index - 1, mask=live & (index > 0), other=0)
     uses = (end - begin).to(tl.int32)
     part_base = i_local * num_epochs * num_slots
     grad_k = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
@@ -326,21 +326,17 @@ def reduce_kernel(
     grad_bias = tl.zeros([BLOCK_K, MEMBERS_PAD], tl.float32)
     member = tl.arange(0, MEMBERS_PAD)
     for i in range(0, tl.max(uses, 0), USES):
-        use = i + offs % USES
-        used = use < uses
-        slot = part_base + tl.load(ptr_use_slot + begin + use, mask=used, other=0)
-        if NEEDS_KEY:
-            rows = load_rows(ptr_part_k, slot * D, used, D, BLOCK_D, True)
-            grad_k += tl.sum(rows.reshape(BLOCK_K, USES, BLOCK_D), 1)
-        if NEEDS_VALUE:
-            rows = load_rows(ptr_part_v, slot * D, used, D, BLOCK_D, True)
-            grad_v += tl.sum(rows.reshape(BLOCK_K, USES, BLOCK_D), 1)
-        if NEEDS_BIAS:
-            ptrs = ptr_part_bias + (slot * MEMBERS)[:, None] + member[None, :]
-            rows = tl.load(ptrs, mask=used[:, None] & (member < MEMBERS)[None, :], other=0.0)
-            grad_bias += tl.sum(rows.reshape(BLOCK_K, USES, MEMBERS_PAD), 1)
-    key = i_block * BLOCK_K + tl.arange(0, BLOCK_K)  # [BLOCK_K]
-    live = key < key_len
+        for step in tl.static_range(USES):
+            used = i + step < uses
+            slot = part_base + tl.load(ptr_use_slot + begin + i + step, mask=used, other=0)
+            if NEEDS_KEY:
+                grad_k += load_rows(ptr_part_k, slot * D, used, D, BLOCK_D, True)
+            if NEEDS_VALUE:
+                grad_v += load_rows(ptr_part_v, slot * D, used, D, BLOCK_D, True)
+            if NEEDS_BIAS:
+                ptrs = ptr_part_bias + (slot * MEMBERS)[:, None] + member[None, :]
+                mask = used[:, None] & (member < MEMBERS)[None, :]
+                grad_bias += tl.load(ptrs, mask=mask, other=0.0)
     out = (i_row // HEADS_KV * key_len + key) * HEADS_KV + i_row % HEADS_KV
     if NEEDS_KEY:
         store_rows(ptr_grad_k, out * D, live, grad_k, D, BLOCK_D)
@@ -393,7 +389,7 @@ def run_grad_key(
         tiles_q = query_tiles(query, group, config.block_m)
         tiles_grad = query_tiles(saved.grad_out, group, config.block_m)
     num_blocks = triton.cdiv(plan.num_slots, config.block_n)
-    block_k = max(1, REDUCED_FLOATS // (USES_AT_ONCE * padded_head_dim(head_dim)))
+    block_k = max(1, REDUCED_FLOATS // padded_head_dim(head_dim))
     key_blocks = triton.cdiv(key_len, block_k)
     for row in range(0, rows, chunk):
         now = range(row, min(row + chunk, rows))

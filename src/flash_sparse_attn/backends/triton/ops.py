@@ -133,7 +133,7 @@ def _backward(
     record = Plan.of(plan, sizes, clamps_positions)
     # Adding one number to all scores of a row changes nothing: such a bias has the gradient zero.
     is_constant = bias is not None and bias.shape[3] == 1
-    wanted = Needs(*needs[:3], bias=needs[3] and not is_constant)
+    wanted = Needs(needs[0], needs[1], needs[2], needs[3] and not is_constant)
     grads = list(backward(record, query, key, value, out, norm, grad_out, call, wanted))
     if needs[3] and bias is not None and is_constant:
         grads[3] = bias.new_zeros(bias.shape)

@@ -227,15 +227,19 @@ def _collect_kernel(
     old_end = tl.where(num > 0, old_end, 0)
     old_limit = high if CAUSAL else low
 
-    if (i_piece == num_pieces - 1) & (not ONLY_OLD):
-        slot_base = (i_row * num_epochs + i_epoch) * num_slots + old_slots
-        entered = _write_new(
-            ptr_start, ptr_expiry, ptr_key + slot_base, ptr_slot_start + slot_base,
-            ptr_slot_expiry + slot_base, ptr_entered + i_row * query_len + first, key_0, position, num,
-            low, high, new_begin, new_end, old_limit, num_slots - old_slots, RANKED, CAUSAL, BLOCK,
-        )  # fmt: skip
-        tl.store(ptr_counts + 1, entered)
-    else:
+    old_pieces = num_pieces
+    if not ONLY_OLD:
+        old_pieces = num_pieces - 1
+        if i_piece == old_pieces:
+            slot_base = (i_row * num_epochs + i_epoch) * num_slots + old_slots
+            entered = _write_new(
+                ptr_start, ptr_expiry, ptr_key + slot_base, ptr_slot_start + slot_base,
+                ptr_slot_expiry + slot_base, ptr_entered + i_row * query_len + first, key_0, position,
+                num, low, high, new_begin, new_end, old_limit, num_slots - old_slots, RANKED, CAUSAL,
+                BLOCK,
+            )  # fmt: skip
+            tl.store(ptr_counts + 1, entered)
+    if i_piece < old_pieces:
         ptr_list += (i_row * num_epochs + i_epoch) * old_slots
         scan_begin = 0
         listed = 0
