@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -125,6 +127,19 @@ def test_measurement_in_a_process_of_its_own():
     assert found["spread"][0] <= seconds["total"] <= found["spread"][1]
     assert found["repeats"] == 3 and found["warm"]
     assert found["peak_bytes"] is None or 0 <= found["peak_bytes"] < 2**28
+
+
+def test_the_load_of_other_processes_is_seen():
+    others = measure._OtherLoad()
+    if others.share() is None:
+        pytest.skip("this system does not tell how busy it is")
+    alone = measure._OtherLoad()
+    sum(range(5_000_000))
+    assert alone.share() < 1.0
+    # Half a second of work of another process: not this one's, so it counts.
+    crowded = measure._OtherLoad()
+    subprocess.run([sys.executable, "-c", "sum(range(20_000_000))"], check=True)
+    assert crowded.share() > 0.2 / os.cpu_count()
 
 
 def test_a_failing_process_is_reported_with_its_error():

@@ -152,9 +152,9 @@ def test_text_concludes_from_its_losses():
     assert "Answer: NOT SHOWN." in answer(5.0, 5.0)
 
 
-def cost_results(ours, dense):
+def cost_results(ours, dense, load=None):
     def result(seconds):
-        return {"seconds": {"total": seconds}, "peak_bytes": None}
+        return {"seconds": {"total": seconds}, "peak_bytes": None, "other_load": load}
 
     measured = {
         "ours": {1024: result(1.0), 2048: result(ours)},
@@ -171,6 +171,8 @@ def test_cost_concludes_from_its_times():
     assert "faster from 2048 on" in faster
     slower = " ".join(cost.describe(cost_results(2.0, 1.0)).split())
     assert "2.0 times SLOWER" in slower
+    assert "Busy machine" not in cost.describe(cost_results(2.0, 1.0, load=0.05))
+    assert "used up to 40% of" in cost.describe(cost_results(2.0, 1.0, load=0.4))
 
 
 def test_the_whole_demo_in_small(capsys, tmp_path):

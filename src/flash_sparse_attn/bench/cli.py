@@ -10,7 +10,7 @@ from pathlib import Path
 from .. import info
 from .cases import CASES, Case
 from .console import Progress, format_bytes, format_seconds, table
-from .measure import measure_isolated
+from .measure import busy_note, measure_isolated
 from .providers import PROVIDERS, WrongResult, verify
 from .store import Row, append_rows, make_row, run_facts
 from .yardsticks import verdicts
@@ -64,7 +64,12 @@ def _run(arguments: argparse.Namespace) -> int:
         wanted, names = " or ".join(arguments.case), ", ".join(CASES)
         print(f"--case: no case is called {wanted}; there are {names}", file=sys.stderr)
         return 2
-    jobs = [(case, name) for case in cases for name in arguments.provider or case.providers]
+    jobs = [
+        (case, name)
+        for case in cases
+        for name in arguments.provider or case.providers
+        if not (case.what == "selection" and PROVIDERS[name].dense)  # it selects nothing
+    ]
     facts = {case.device: run_facts(case.device) for case in cases}
     rows: list[Row] = []
     remarks: list[str] = []
@@ -121,6 +126,8 @@ def _report(rows: list[Row], remarks: list[str], facts: dict[str, Row]) -> str:
         "Medians; the total includes selection or mask building. Memory is the peak above the",
         "inputs. The error is the largest of output and gradients against fp64 at reduced length.",
     ]
+    if note := busy_note(rows):
+        lines += ["", note]
     found = verdicts(rows)
     if found:
         lines += ["", "yardsticks", *(f"  {verdict}" for verdict in found)]

@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from .providers import PROVIDERS, Provider
 
 _COLD_CACHE_FLOATS = 64 << 20
 _SLOW_SECONDS = 20.0
+_BUSY = 0.1
 
 
 def measure_isolated(
@@ -36,8 +37,9 @@ def measure_isolated(
 
     Returns:
         ``seconds`` (medians of selection, forward, backward and total), ``spread`` (fastest and
-        slowest total), ``repeats``, ``warm`` (False if the only run was the first one) and
-        ``peak_bytes`` above the inputs (``None`` where the system does not tell).
+        slowest total), ``repeats``, ``warm`` (False if the only run was the first one),
+        ``peak_bytes`` above the inputs and on CPUs ``other_load``, the part of the processors
+        that other processes used meanwhile (``None`` where the system does not tell).
 
     Raises:
         RuntimeError: The process failed; the message holds the end of its error output.
@@ -69,6 +71,7 @@ def measure(case: Case, provider: Provider, repeats: int, budget_seconds: float)
     if case.device == "cuda":
         return _measure_graphs(case, provider, repeats)
     inputs = make_inputs(case)
+    others = _OtherLoad()
     memory = _PeakMemory(case.device)
     first = _run(case, provider, inputs, clock)
     peak = memory.peak()
@@ -84,6 +87,7 @@ def measure(case: Case, provider: Provider, repeats: int, budget_seconds: float)
         "repeats": len(timed),
         "warm": bool(runs),
         "peak_bytes": peak,
+        "other_load": others.share(),
     }
 
 
@@ -208,6 +212,45 @@ class _PeakMemory:
             return torch.cuda.max_memory_allocated() - (self._base or 0)
         now = _peak_resident_bytes()
         return None if now is None or self._base is None else now - self._base
+
+
+class _OtherLoad:
+    """How busy other processes keep the processors: above a few percent, times are too long."""
+
+    def __init__(self) -> None:
+        self._begin = self._now()
+
+    def share(self) -> float | None:
+        """Between 0 and 1, since creation."""
+        begin, now = self._begin, self._now()
+        if begin is None or now is None:
+            return None
+        wall, own, busy = (after - before for before, after in zip(begin, now, strict=True))
+        available = wall * (os.cpu_count() or 1)
+        return min(1.0, max(0.0, (busy - own) / available))
+
+    @staticmethod
+    def _now() -> tuple[float, float, float] | None:
+        """Seconds: clock, this process on all processors, all processes (and other machines)."""
+        try:
+            user, nice, system, _, _, *interrupts = (
+                int(word) for word in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]
+            )
+        except (OSError, ValueError):
+            return None
+        ticks = user + nice + system + sum(interrupts)
+        return time.perf_counter(), time.process_time(), ticks / os.sysconf("SC_CLK_TCK")
+
+
+def busy_note(measured: Iterable[dict[str, Any]]) -> str | None:
+    """A warning, if other processes used the machine during these measurements."""
+    most = max((one.get("other_load") or 0.0 for one in measured), default=0.0)
+    if most < _BUSY:
+        return None
+    return (
+        f"Busy machine: other processes used up to {most:.0%} of the processors during a "
+        "measurement; its times are too long. Repeat when it is quiet."
+    )
 
 
 def _peak_resident_bytes() -> int | None:

@@ -189,7 +189,9 @@ def verify(case: Case, name: str) -> dict[str, float]:
     inputs = make_inputs(case, seed=1)
     mask = window_mask(inputs.scores.detach(), case.window)
     if case.what == "selection":
-        wrong = int((provider.select(inputs, case.window).to_dense() != mask).sum())
+        found = provider.select(inputs, case.window)
+        found = found.to_dense() if isinstance(found, KeySelection) else found
+        wrong = int((found != mask).sum())
         if wrong:
             raise WrongResult(
                 f"{name} on {case.name}: {wrong} visible pairs differ at {case.shape}"

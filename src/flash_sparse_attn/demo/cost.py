@@ -9,7 +9,7 @@ import torch
 
 from ..bench.cases import Case
 from ..bench.console import Progress, format_bytes, format_seconds, paragraph, table
-from ..bench.measure import measure_isolated
+from ..bench.measure import busy_note, measure_isolated
 from ..bench.providers import verify
 
 COLUMNS = {
@@ -123,6 +123,8 @@ def describe(results: dict[str, Any]) -> str:
             f"{growth[0]:.1f} times, that of dense attention {growth[1]:.1f} times.",
         )
     )
+    if note := busy_note(one for name in measured for one in measured[name].values()):
+        lines.append(paragraph(note))
     return "\n".join(lines)
 
 

@@ -102,7 +102,9 @@ def _pair_gradient(
     # One KV head after the other, so that shared biases need no O(B H Q K) memory.
     total = torch.zeros(shape, dtype=torch.float32, device=device)
     for row in range(batch * heads_kv):
-        pairs = torch.zeros(bias.group, query_len, key_len, dtype=torch.float32, device=device)[None]
+        pairs = torch.zeros(bias.group, query_len, key_len, dtype=torch.float32, device=device)[
+            None
+        ]
         run_grad_query(plan, saved, call, config, grad_query, pairs, range(row, row + 1))
         i_batch = row // heads_kv if shape[0] > 1 else 0
         i_head = row % heads_kv

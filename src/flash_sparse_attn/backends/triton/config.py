@@ -58,27 +58,43 @@ _TMA, _POINTERS = True, False
 _TABLE = {
     # (B, H, Hkv, N, W) = (1, 2, 1, 32768, 1024): 0.073, 0.080, 0.155. No other forward was faster:
     # 128 rows 0.080, 128 slots 0.079, descriptors 0.082.
-    ("sm_90", 64): _tiles(
-        (64, 64, 4, 2, _POINTERS), (64, 64, 4, 3, _TMA), (128, 64, 4, 2, _TMA)
-    ),
+    ("sm_90", 64): _tiles((64, 64, 4, 2, _POINTERS), (64, 64, 4, 3, _TMA), (128, 64, 4, 2, _TMA)),
     # (1, 32, 8, 32768, 2048): 2.66, 3.32, 4.3. Two programs of 4 warps share a multiprocessor: one
     # computes scores while the other waits; 8 warps: 2.93, 3.48, 4.9.
     ("sm_90", 128): _tiles((128, 64, 4, 2, _TMA), (64, 64, 4, 2, _TMA), (64, 64, 4, 2, _TMA)),
     # Run for correctness, not timed.
     ("sm_90", 256): _tiles((128, 32, 8, 2, _TMA), (64, 32, 8, 2, _TMA), (32, 64, 8, 2, _TMA)),
     # Compiled only.
-    ("sm_80", 64): _tiles((128, 64, 4, 3, _POINTERS), (64, 64, 4, 2, _POINTERS), (64, 64, 4, 2, _POINTERS)),
-    ("sm_80", 128): _tiles((128, 64, 8, 2, _POINTERS), (64, 32, 4, 2, _POINTERS), (32, 64, 4, 2, _POINTERS)),
-    ("sm_80", 256): _tiles((64, 32, 8, 2, _POINTERS), (32, 32, 8, 2, _POINTERS), (32, 32, 8, 2, _POINTERS)),
-    ("sm_86", 64): _tiles((128, 64, 4, 2, _POINTERS), (64, 64, 4, 2, _POINTERS), (64, 64, 4, 2, _POINTERS)),
-    ("sm_86", 128): _tiles((128, 32, 8, 2, _POINTERS), (64, 32, 4, 2, _POINTERS), (32, 64, 4, 2, _POINTERS)),
-    ("sm_86", 256): _tiles((64, 32, 8, 2, _POINTERS), (32, 32, 8, 1, _POINTERS), (16, 32, 8, 1, _POINTERS)),
+    ("sm_80", 64): _tiles(
+        (128, 64, 4, 3, _POINTERS), (64, 64, 4, 2, _POINTERS), (64, 64, 4, 2, _POINTERS)
+    ),
+    ("sm_80", 128): _tiles(
+        (128, 64, 8, 2, _POINTERS), (64, 32, 4, 2, _POINTERS), (32, 64, 4, 2, _POINTERS)
+    ),
+    ("sm_80", 256): _tiles(
+        (64, 32, 8, 2, _POINTERS), (32, 32, 8, 2, _POINTERS), (32, 32, 8, 2, _POINTERS)
+    ),
+    ("sm_86", 64): _tiles(
+        (128, 64, 4, 2, _POINTERS), (64, 64, 4, 2, _POINTERS), (64, 64, 4, 2, _POINTERS)
+    ),
+    ("sm_86", 128): _tiles(
+        (128, 32, 8, 2, _POINTERS), (64, 32, 4, 2, _POINTERS), (32, 64, 4, 2, _POINTERS)
+    ),
+    ("sm_86", 256): _tiles(
+        (64, 32, 8, 2, _POINTERS), (32, 32, 8, 1, _POINTERS), (16, 32, 8, 1, _POINTERS)
+    ),
     ("sm_100", 64): _tiles((128, 64, 4, 3, _TMA), (128, 64, 8, 2, _TMA), (64, 64, 4, 2, _TMA)),
     ("sm_100", 128): _tiles((128, 64, 8, 2, _TMA), (128, 64, 8, 2, _TMA), (64, 64, 8, 2, _TMA)),
     ("sm_100", 256): _tiles((128, 32, 8, 2, _TMA), (64, 32, 8, 2, _TMA), (32, 64, 8, 2, _TMA)),
-    ("gfx942", 64): _tiles((128, 64, 4, 2, _POINTERS), (64, 32, 4, 2, _POINTERS), (32, 64, 4, 2, _POINTERS)),
-    ("gfx942", 128): _tiles((128, 32, 4, 2, _POINTERS), (64, 32, 4, 2, _POINTERS), (32, 64, 4, 2, _POINTERS)),
-    ("gfx942", 256): _tiles((64, 32, 8, 1, _POINTERS), (32, 32, 8, 1, _POINTERS), (32, 32, 8, 1, _POINTERS)),
+    ("gfx942", 64): _tiles(
+        (128, 64, 4, 2, _POINTERS), (64, 32, 4, 2, _POINTERS), (32, 64, 4, 2, _POINTERS)
+    ),
+    ("gfx942", 128): _tiles(
+        (128, 32, 4, 2, _POINTERS), (64, 32, 4, 2, _POINTERS), (32, 64, 4, 2, _POINTERS)
+    ),
+    ("gfx942", 256): _tiles(
+        (64, 32, 8, 1, _POINTERS), (32, 32, 8, 1, _POINTERS), (32, 32, 8, 1, _POINTERS)
+    ),
 }
 
 

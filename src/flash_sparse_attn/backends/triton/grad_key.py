@@ -110,7 +110,16 @@ def _add_tile(
         grad = grad.reshape(BLOCK_M, BLOCK_D)
     else:
         grad = load_grads(
-            tiles_grad, first + i_query, offs_head, sgn, sgh, sgd, mask_row, D, BLOCK_D, GRAD_ALIGNED
+            tiles_grad,
+            first + i_query,
+            offs_head,
+            sgn,
+            sgh,
+            sgd,
+            mask_row,
+            D,
+            BLOCK_D,
+            GRAD_ALIGNED,
         ).to(q.dtype)  # [M, D]
     # Rows past the end of the epoch have no probability.
     norm = tl.load(ptr_norm + row, mask=mask_row, other=_INF)  # [M]
@@ -239,8 +248,12 @@ def grad_key_kernel(
         ptr_delta += (i_row * query_len + first) * GROUP
         ptr_k += row_offsets(i_batch, skb, ALIGNED_KV) + row_offsets(i_head, skh, ALIGNED_KV)
         ptr_v += row_offsets(i_batch, svb, ALIGNED_KV) + row_offsets(i_head, svh, ALIGNED_KV)
-        k = load_rows(ptr_k, row_offsets(key, skn, ALIGNED_KV), key >= 0, D, BLOCK_D, True)  # [N, D]
-        v = load_rows(ptr_v, row_offsets(key, svn, ALIGNED_KV), key >= 0, D, BLOCK_D, True)  # [N, D]
+        k = load_rows(
+            ptr_k, row_offsets(key, skn, ALIGNED_KV), key >= 0, D, BLOCK_D, True
+        )  # [N, D]
+        v = load_rows(
+            ptr_v, row_offsets(key, svn, ALIGNED_KV), key >= 0, D, BLOCK_D, True
+        )  # [N, D]
         stride_member = num_epochs.to(tl.int64) * num_slots
         slot_base = tl.multiple_of((i_local * num_epochs + i_epoch) * num_slots, 128)
         bias = tl.zeros([BLOCK_N], tl.float32)
@@ -381,7 +394,10 @@ def run_grad_key(
         shape = (chunk, plan.num_epochs, plan.num_slots, *last)
         return torch.empty(shape, dtype=torch.float32, device=key.device) if wanted else None
 
-    part_key, part_value = part(grad_key is not None, head_dim), part(grad_value is not None, head_dim)
+    part_key, part_value = (
+        part(grad_key is not None, head_dim),
+        part(grad_value is not None, head_dim),
+    )
     part_bias = part(grad_bias is not None, members)
     tiles_q: Any = None
     tiles_grad: Any = None

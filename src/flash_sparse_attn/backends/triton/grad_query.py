@@ -181,7 +181,9 @@ def grad_query_kernel(
                 ptr_visible, ptr_entered, i_q + i_tile * BLOCK_M // GROUP, i_q + last, BLOCK_N
             )
         offs_q = row_offsets(first + i_query, sqn, ALIGNED) + row_offsets(offs_head, sqh, ALIGNED)
-        q = load_rows(ptr_q + row_offsets(i_batch, sqb, ALIGNED), offs_q, mask_row, D, BLOCK_D, True)
+        q = load_rows(
+            ptr_q + row_offsets(i_batch, sqb, ALIGNED), offs_q, mask_row, D, BLOCK_D, True
+        )
         grad = grad.to(q.dtype)
         slot_base = tl.multiple_of((i_local * num_epochs + i_epoch) * num_slots, 128)
         plan_base = tl.multiple_of((i_row * num_epochs + i_epoch) * num_slots, 128)
@@ -197,7 +199,9 @@ def grad_query_kernel(
             ptr_pair += i_batch * spb + i_head * spk
             ptr_pair += (i_group * spg + (first + i_query) * spq)[:, None]
         if PAIR_GRAD == "pairs":
-            ptr_grad_pair += ((i_local * GROUP + i_group) * query_len + first + i_query)[:, None] * key_len
+            ptr_grad_pair += ((i_local * GROUP + i_group) * query_len + first + i_query)[
+                :, None
+            ] * key_len
 
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         acc_row = tl.zeros([BLOCK_M], tl.float32)

@@ -40,6 +40,7 @@ _EPOCH_FIELDS = 8
 _COARSE = 1 << 15  # queries of a coarse epoch
 _RUN = 1024  # keys sorted by one program
 _BLOCK = 4096  # keys looked at together
+_PROGRAMS = 256  # programs of 16 warps that keep a GPU busy
 
 _SIZES = (
     "query_len",
@@ -130,7 +131,9 @@ def _recent_begin(ptr_mask, at, keep_recent, HAS_MASK: tl.constexpr, BLOCK: tl.c
 
 
 @triton.jit
-def _is_old(ptr_start, ptr_expiry, key, mask, low, old_limit, RANKED: tl.constexpr, CAUSAL: tl.constexpr):
+def _is_old(
+    ptr_start, ptr_expiry, key, mask, low, old_limit, RANKED: tl.constexpr, CAUSAL: tl.constexpr
+):
     """Which of these keys belong to the old part of an epoch that begins at `low`."""
     expiry = tl.load(ptr_expiry + key, mask=mask, other=0)
     if RANKED:
@@ -556,8 +559,13 @@ def build_plan(
         )  # fmt: skip
     # The keys that one epoch looks at; with padding the recent ones may reach back any distance.
     reach = key_len if coarse_list is None or mask is not None else _COARSE
-    piece_len = _BLOCK if mask is None else key_len
-    num_pieces = triton.cdiv(reach, piece_len) + 1
+    # Pieces share the wait where there are few epochs. Where there are many they only add work: at
+    # 8 x 16 epochs, 9 pieces took 0.041 ms and one 0.028.
+    old_pieces = 1
+    if mask is None:
+        old_pieces = max(1, min(triton.cdiv(reach, _BLOCK), _PROGRAMS // (rows * num_epochs)))
+    piece_len = _round_up(triton.cdiv(reach, old_pieces), _BLOCK)
+    num_pieces = old_pieces + 1
     _collect_kernel[(rows * num_epochs * num_pieces,)](
         *intervals, mask, coarse_list, coarse_counts, table, listed, slot_key, slot_start, slot_expiry,
         counts, entered, *sizes, epoch_len, num_epochs, old_slots, num_slots, _COARSE, num_coarse,

@@ -137,7 +137,13 @@ def slot_dim(head_dim: int) -> int:
 
 
 def copy_slots(
-    plan: Plan, key: Tensor, value: Tensor, bias: Bias | None, rows: range, *, with_rows: bool = True
+    plan: Plan,
+    key: Tensor,
+    value: Tensor,
+    bias: Bias | None,
+    rows: range,
+    *,
+    with_rows: bool = True,
 ) -> Slots:
     """Copy keys, values and a per-key bias to the slots of some rows of a plan."""
     head_dim, heads_kv = key.shape[3], key.shape[2]

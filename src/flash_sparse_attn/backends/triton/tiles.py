@@ -97,7 +97,12 @@ def load_grads(
 
 @triton.jit
 def load_slots(
-    source, row_0, SLOT_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr
+    source,
+    row_0,
+    SLOT_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """A block of copied slots ``[BLOCK_N, BLOCK_D]``; columns past `SLOT_D` are zeros."""
     if TMA:
