@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .. import dispatch
 from ..attention import flash_sparse_attn_func
 from ..reference import attention_reference
-from ..selection import prepare_selection, select_keys
+from ..selection import KeySelection, prepare_selection, select_keys
 from .cases import GRADIENTS, Case, Inputs, make_inputs
 
 

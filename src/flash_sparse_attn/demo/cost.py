@@ -110,8 +110,9 @@ def describe(results: dict[str, Any]) -> str:
         "",
     ]
     ratio = _seconds(dense[longest]) / _seconds(ours[longest])
-    if ratio >= 1:
-        first = next(n for n in lengths if _seconds(ours[n]) < _seconds(dense[n]))
+    if ratio > 1:
+        slower = [n for n in lengths if _seconds(ours[n]) >= _seconds(dense[n])]
+        first = min(n for n in lengths if n > max(slower, default=0))
         verdict = f"{ratio:.1f} times faster than dense causal SDPA, and faster from {first} on."
     else:
         verdict = f"{1 / ratio:.1f} times SLOWER than dense causal SDPA."

@@ -50,8 +50,8 @@ def backward(
         tiles: Tile sizes; default from the table.
 
     Returns:
-        Gradients of query, key and value, contiguous, and of the bias in its shape and dtype; ``None``
-        for those not asked for.
+        Gradients of query, key and value, contiguous, and of the bias in its shape and dtype;
+        ``None`` for those not asked for.
     """
     tiles = tiles or tiles_for(architecture_of(query.device), query.shape[-1])
     saved = Saved(query, key, value, out, grad_out, norm, torch.empty_like(norm))

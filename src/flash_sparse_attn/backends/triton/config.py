@@ -53,8 +53,8 @@ def _tiles(*sizes: tuple[int, int, int, int, bool]) -> Tiles:
 
 _TMA, _POINTERS = True, False
 
-# (architecture, padded head dimension) -> forward, dQ, dK/dV. The times are in milliseconds, with all
-# copies and sums, bf16, one H200, Triton 3.6, random scores.
+# (architecture, padded head dimension) -> forward, dQ, dK/dV. The times are in milliseconds, with
+# all copies and sums, bf16, one H200, Triton 3.6, random scores.
 _TABLE = {
     # (B, H, Hkv, N, W) = (1, 2, 1, 32768, 1024): 0.073, 0.080, 0.155. No other forward was faster:
     # 128 rows 0.080, 128 slots 0.079, descriptors 0.082.
@@ -108,7 +108,7 @@ def tiles_for(architecture: str, head_dim: int) -> Tiles:
     return _TABLE[architecture, max(64, padded_head_dim(head_dim))]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def architecture_of(device: torch.device) -> str:
     """The row of the table that serves a device: its own, or that of the closest older one."""
     if device.type != "cuda" or torch.version.hip is not None:
@@ -125,20 +125,20 @@ def architecture_of(device: torch.device) -> str:
 def epoch_length(kept: int, keep_recent: int) -> int:
     """Queries of an epoch for so many keys kept.
 
-    About as many as keys that a query sees. Half of it was 1 % faster forward and 5 % slower backward
-    at W = 2048, and twice as much 5 % slower forward.
+    About as many as keys that a query sees. Half of it was 1 % faster forward and 5 % slower
+    backward at W = 2048, and twice as much 5 % slower forward.
     """
     seen = max(1, kept + keep_recent)
     return min(8192, max(128, 1 << (seen.bit_length() - 1)))
 
 
 def slot_rows(rows: int, elements: int, query: torch.Tensor, key: torch.Tensor) -> int:
-    """How many rows of keys are taken at a time, if copies of keys and values have so many elements."""
+    """How many rows of keys are taken at a time, if copies of K and V have so many elements."""
     return _rows(rows, 2 * elements * key.element_size(), query, key)
 
 
 def partial_rows(rows: int, elements: int, query: torch.Tensor, key: torch.Tensor) -> int:
-    """How many rows of keys backward takes at a time, if dK and dV have so many fp32 each per row."""
+    """How many rows of keys backward takes at a time, if dK has so many fp32 per row."""
     return _rows(rows, 8 * elements, query, key)
 
 

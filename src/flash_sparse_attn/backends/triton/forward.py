@@ -56,8 +56,8 @@ _INTS = (
 
 @triton.jit
 def _attend(
-    q, peak, total, acc, block, at, i_group, mask_row, slots_k, slots_v, slot_base, ptr_key, ptr_start,
-    ptr_expiry, ptr_slot_bias, ptr_pair, stride_member, spn, scale, softcap,
+    q, peak, total, acc, block, at, i_group, mask_row, slots_k, slots_v, slot_base, ptr_key,
+    ptr_start, ptr_expiry, ptr_slot_bias, ptr_pair, stride_member, spn, scale, softcap,
     MASKED: tl.constexpr,
     KEY_BIAS: tl.constexpr,
     PAIR_BIAS: tl.constexpr,
@@ -94,9 +94,9 @@ def _attend(
 
 @triton.jit(do_not_specialize=_INTS)
 def forward_kernel(
-    ptr_q, slots_k, slots_v, ptr_out, ptr_lse, ptr_norm, ptr_key, ptr_start, ptr_expiry, ptr_visible,
-    ptr_entered, ptr_epochs, ptr_slot_bias, ptr_pair, scale, softcap, query_len, key_len, epoch_len,
-    num_epochs, num_tiles, old_slots, num_slots, row_0,
+    ptr_q, slots_k, slots_v, ptr_out, ptr_lse, ptr_norm, ptr_key, ptr_start, ptr_expiry,
+    ptr_visible, ptr_entered, ptr_epochs, ptr_slot_bias, ptr_pair, scale, softcap, query_len,
+    key_len, epoch_len, num_epochs, num_tiles, old_slots, num_slots, row_0,
     sqb: tl.int64,
     sqn: tl.int64,
     sqh: tl.int64,
@@ -163,14 +163,14 @@ def forward_kernel(
     peak = tl.full([BLOCK_M], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    # Without these conditions ptxas finds a path into the loops on which it has to copy accumulators, and
-    # then serializes every wgmma.
+    # Without these conditions ptxas finds a path into the loops on which it has to copy
+    # accumulators, and then serializes every wgmma.
     if num_full > 0:
         for block in tl.range(0, num_full, num_stages=STAGES):
             peak, total, acc = _attend(
-                q, peak, total, acc, block, at, i_group, mask_row, slots_k, slots_v, slot_base, ptr_key,
-                ptr_start, ptr_expiry, ptr_slot_bias, ptr_pair, stride_member, spn, scale, softcap,
-                False, KEY_BIAS, PAIR_BIAS, HAS_SOFTCAP, SLOT_D, BLOCK_N, BLOCK_D, TMA,
+                q, peak, total, acc, block, at, i_group, mask_row, slots_k, slots_v, slot_base,
+                ptr_key, ptr_start, ptr_expiry, ptr_slot_bias, ptr_pair, stride_member, spn, scale,
+                softcap, False, KEY_BIAS, PAIR_BIAS, HAS_SOFTCAP, SLOT_D, BLOCK_N, BLOCK_D, TMA,
             )  # fmt: skip
     num_border = num_old - num_full
     new_block = old_slots // BLOCK_N - num_border
@@ -178,9 +178,9 @@ def forward_kernel(
         for i in tl.range(0, num_border + num_new, num_stages=STAGES):
             block = tl.where(i < num_border, num_full + i, new_block + i)
             peak, total, acc = _attend(
-                q, peak, total, acc, block, at, i_group, mask_row, slots_k, slots_v, slot_base, ptr_key,
-                ptr_start, ptr_expiry, ptr_slot_bias, ptr_pair, stride_member, spn, scale, softcap,
-                True, KEY_BIAS, PAIR_BIAS, HAS_SOFTCAP, SLOT_D, BLOCK_N, BLOCK_D, TMA,
+                q, peak, total, acc, block, at, i_group, mask_row, slots_k, slots_v, slot_base,
+                ptr_key, ptr_start, ptr_expiry, ptr_slot_bias, ptr_pair, stride_member, spn, scale,
+                softcap, True, KEY_BIAS, PAIR_BIAS, HAS_SOFTCAP, SLOT_D, BLOCK_N, BLOCK_D, TMA,
             )  # fmt: skip
 
     is_empty = total == 0
@@ -212,7 +212,7 @@ def forward(
 
     Args:
         plan: Of the call's selection; reusable.
-        query: fp16 or bf16 ``[B, Q, H, D]``; packed calls have batch 1. Any strides, the last one 1.
+        query: fp16 or bf16 ``[B, Q, H, D]``, packed calls with batch 1; the last stride is 1.
         key: ``[B, K, Hkv, D]``.
         value: ``[B, K, Hkv, D]``.
         call: Scale, softcap and bias.
@@ -237,12 +237,11 @@ def forward(
         now = range(row, min(row + chunk, rows))
         slots = copy_slots(plan, key, value, call.bias, now)
         forward_kernel[(len(now) * plan.num_epochs * num_tiles,)](
-            query, slots.source(slots.key, config.block_n, config.uses_tma),
-            slots.source(slots.value, config.block_n, config.uses_tma), out, lse, norm, plan.slot_key,
-            plan.slot_start, plan.slot_expiry, plan.visible, plan.entered, plan.epochs, slots.bias,
-            call.pair_tensor, *call.factors, query_len, plan.key_len, plan.epoch_len,
-            plan.num_epochs, num_tiles, plan.old_slots, plan.num_slots, row, *query.stride()[:3],
-            *call.pair_strides, HEADS_KV=heads_kv, GROUP=group, D=head_dim,
+            query, *slots.sources(config.block_n, config.uses_tma), out, lse, norm,
+            plan.slot_key, plan.slot_start, plan.slot_expiry, plan.visible, plan.entered,
+            plan.epochs, slots.bias, call.pair_tensor, *call.factors, query_len, plan.key_len,
+            plan.epoch_len, plan.num_epochs, num_tiles, plan.old_slots, plan.num_slots, row,
+            *query.stride()[:3], *call.pair_strides, HEADS_KV=heads_kv, GROUP=group, D=head_dim,
             SLOT_D=slot_dim(head_dim), BLOCK_D=padded_head_dim(head_dim), BLOCK_M=config.block_m,
             BLOCK_N=config.block_n, STAGES=config.num_stages, **call.flags, HAS_NORM=with_norm,
             CLAMPS=plan.clamps_positions, PACKED=plan.epochs is not None,

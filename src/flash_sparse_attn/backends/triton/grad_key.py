@@ -1,8 +1,8 @@
 """dK, dV and the gradient of a per-key bias: owned by (epoch, block of slots), then summed by key.
 
-1. `grad_key_kernel`: a block of slots walks the query tiles of its epoch that see it and owns what this
-   epoch contributes, in fp32. Scores are transposed (keys x queries): Triton 3.4 to 3.7.0 can compile
-   ``dot(trans(ds), q)`` wrongly for Hopper.
+1. `grad_key_kernel`: a block of slots walks the query tiles of its epoch that see it and owns what
+   this epoch contributes, in fp32. Scores are transposed (keys x queries): Triton 3.4 to 3.7.0 can
+   compile ``dot(trans(ds), q)`` wrongly for Hopper.
 2. `reduce_kernel`: every key adds the contributions of its epochs, in their order, and rounds once.
 
 Symbols as in `forward.py`.
@@ -74,9 +74,9 @@ _INTS = (
 
 @triton.jit
 def _add_tile(
-    k, v, bias, start, expiry, grad_k, grad_v, grad_bias, i_tile, i_batch, i_head, first, num, position,
-    key, tiles_q, tiles_grad, ptr_norm, ptr_delta, ptr_slot_bias, ptr_pair, stride_member, sqn, sqh,
-    sgn, sgh, sgd, spg, spq, spn, scale, softcap,
+    k, v, bias, start, expiry, grad_k, grad_v, grad_bias, i_tile, i_batch, i_head, first, num,
+    position, key, tiles_q, tiles_grad, ptr_norm, ptr_delta, ptr_slot_bias, ptr_pair,
+    stride_member, sqn, sqh, sgn, sgh, sgd, spg, spq, spn, scale, softcap,
     MASKED: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
@@ -164,8 +164,9 @@ def _add_tile(
 @triton.jit(do_not_specialize=_INTS)
 def grad_key_kernel(
     tiles_q, ptr_k, ptr_v, tiles_grad, ptr_norm, ptr_delta, ptr_part_k, ptr_part_v, ptr_part_bias,
-    ptr_key, ptr_start, ptr_expiry, ptr_counts, ptr_epochs, ptr_slot_bias, ptr_pair, scale, softcap,
-    softmax_scale, query_len, key_len, epoch_len, num_epochs, num_blocks, old_slots, num_slots, row_0,
+    ptr_key, ptr_start, ptr_expiry, ptr_counts, ptr_epochs, ptr_slot_bias, ptr_pair, scale,
+    softcap, softmax_scale, query_len, key_len, epoch_len, num_epochs, num_blocks, old_slots,
+    num_slots, row_0,
     sqb: tl.int64,
     sqn: tl.int64,
     sqh: tl.int64,
@@ -273,11 +274,12 @@ def grad_key_kernel(
         if full_0 < full_1:
             for tile in tl.range(full_0, full_1, num_stages=STAGES):
                 grad_k, grad_v, grad_bias = _add_tile(
-                    k, v, bias, start, expiry, grad_k, grad_v, grad_bias, tile, i_batch, i_head, first, num,
-                    position, key, tiles_q, tiles_grad, ptr_norm, ptr_delta, ptr_slot_bias, ptr_pair,
-                    stride_member, sqn, sqh, sgn, sgh, sgd, spg, spq, spn, scale, softcap,
-                    False, GROUP, D, BLOCK_D, BLOCK_M, KEY_BIAS, PAIR_BIAS, HAS_SOFTCAP, NEEDS_KEY,
-                    NEEDS_VALUE, NEEDS_BIAS, CLAMPS, ALIGNED, GRAD_ALIGNED, TMA_Q, TMA_GRAD,
+                    k, v, bias, start, expiry, grad_k, grad_v, grad_bias, tile, i_batch, i_head,
+                    first, num, position, key, tiles_q, tiles_grad, ptr_norm, ptr_delta,
+                    ptr_slot_bias, ptr_pair, stride_member, sqn, sqh, sgn, sgh, sgd, spg, spq, spn,
+                    scale, softcap, False, GROUP, D, BLOCK_D, BLOCK_M, KEY_BIAS, PAIR_BIAS,
+                    HAS_SOFTCAP, NEEDS_KEY, NEEDS_VALUE, NEEDS_BIAS, CLAMPS, ALIGNED, GRAD_ALIGNED,
+                    TMA_Q, TMA_GRAD,
                 )  # fmt: skip
         num_before = full_0 - tile_0
         num_border = num_before + tile_1 - full_1
@@ -285,11 +287,12 @@ def grad_key_kernel(
             for i in tl.range(0, num_border, num_stages=STAGES):
                 tile = tl.where(i < num_before, tile_0 + i, full_1 - num_before + i)
                 grad_k, grad_v, grad_bias = _add_tile(
-                    k, v, bias, start, expiry, grad_k, grad_v, grad_bias, tile, i_batch, i_head, first, num,
-                    position, key, tiles_q, tiles_grad, ptr_norm, ptr_delta, ptr_slot_bias, ptr_pair,
-                    stride_member, sqn, sqh, sgn, sgh, sgd, spg, spq, spn, scale, softcap,
-                    True, GROUP, D, BLOCK_D, BLOCK_M, KEY_BIAS, PAIR_BIAS, HAS_SOFTCAP, NEEDS_KEY,
-                    NEEDS_VALUE, NEEDS_BIAS, CLAMPS, ALIGNED, GRAD_ALIGNED, TMA_Q, TMA_GRAD,
+                    k, v, bias, start, expiry, grad_k, grad_v, grad_bias, tile, i_batch, i_head,
+                    first, num, position, key, tiles_q, tiles_grad, ptr_norm, ptr_delta,
+                    ptr_slot_bias, ptr_pair, stride_member, sqn, sqh, sgn, sgh, sgd, spg, spq, spn,
+                    scale, softcap, True, GROUP, D, BLOCK_D, BLOCK_M, KEY_BIAS, PAIR_BIAS,
+                    HAS_SOFTCAP, NEEDS_KEY, NEEDS_VALUE, NEEDS_BIAS, CLAMPS, ALIGNED, GRAD_ALIGNED,
+                    TMA_Q, TMA_GRAD,
                 )  # fmt: skip
 
         out = slot_base + slot
@@ -321,7 +324,7 @@ def reduce_kernel(
     NEEDS_VALUE: tl.constexpr,
     NEEDS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """One program per (row, block of keys): the sum over the epochs of each key, zero if it has none.
+    """One program per (row, block of keys): the sum over the epochs of each key, or zero.
 
     `USES` steps are written out, so that their loads are on their way together.
     """
@@ -413,14 +416,15 @@ def run_grad_key(
         grad_key_kernel[(len(now) * plan.num_epochs * num_blocks,)](
             tiles_q or query, key, value, tiles_grad or saved.grad_out, saved.norm, saved.delta,
             part_key, part_value, part_bias, plan.slot_key, plan.slot_start, plan.slot_expiry,
-            plan.counts, plan.epochs, slots.bias, call.pair_tensor, *call.factors, call.softmax_scale,
-            query.shape[1], plan.key_len, plan.epoch_len, plan.num_epochs, num_blocks, plan.old_slots,
-            plan.num_slots, row, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
-            *saved.grad_out.stride(), *call.pair_strides, HEADS_KV=heads_kv, GROUP=group,
-            GROUP_PAD=triton.next_power_of_2(members), D=head_dim, BLOCK_D=padded_head_dim(head_dim),
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, STAGES=config.num_stages, **call.flags,
-            **flags, CLAMPS=plan.clamps_positions, PACKED=plan.epochs is not None,
-            ALIGNED=is_aligned(query), ALIGNED_KV=is_aligned(key, value),
+            plan.counts, plan.epochs, slots.bias, call.pair_tensor, *call.factors,
+            call.softmax_scale, query.shape[1], plan.key_len, plan.epoch_len, plan.num_epochs,
+            num_blocks, plan.old_slots, plan.num_slots, row, *query.stride()[:3],
+            *key.stride()[:3], *value.stride()[:3], *saved.grad_out.stride(), *call.pair_strides,
+            HEADS_KV=heads_kv, GROUP=group, GROUP_PAD=triton.next_power_of_2(members), D=head_dim,
+            BLOCK_D=padded_head_dim(head_dim), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+            STAGES=config.num_stages, **call.flags, **flags, CLAMPS=plan.clamps_positions,
+            PACKED=plan.epochs is not None, ALIGNED=is_aligned(query),
+            ALIGNED_KV=is_aligned(key, value),
             GRAD_ALIGNED=is_aligned(saved.grad_out), TMA_Q=tiles_q is not None,
             TMA_GRAD=tiles_grad is not None, num_warps=config.num_warps,
         )  # fmt: skip

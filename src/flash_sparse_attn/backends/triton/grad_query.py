@@ -59,8 +59,8 @@ _INTS = (
 @triton.jit
 def _add_block(
     q, grad, norm, delta, acc, acc_row, block, at, i_group, mask_row, slots_k, slots_v, slot_base,
-    ptr_key, ptr_start, ptr_expiry, ptr_slot_bias, ptr_pair, ptr_grad_pair, stride_member, spn, scale,
-    softcap,
+    ptr_key, ptr_start, ptr_expiry, ptr_slot_bias, ptr_pair, ptr_grad_pair, stride_member, spn,
+    scale, softcap,
     MASKED: tl.constexpr,
     KEY_BIAS: tl.constexpr,
     PAIR_BIAS: tl.constexpr,
@@ -108,10 +108,10 @@ def _add_block(
 
 @triton.jit(do_not_specialize=_INTS)
 def grad_query_kernel(
-    ptr_q, slots_k, slots_v, ptr_out, ptr_grad, ptr_norm, ptr_delta, ptr_grad_q, ptr_grad_pair, ptr_key,
-    ptr_start, ptr_expiry, ptr_visible, ptr_entered, ptr_epochs, ptr_slot_bias, ptr_pair, scale,
-    softcap, softmax_scale, query_len, key_len, epoch_len, num_epochs, num_tiles, old_slots, num_slots,
-    row_0,
+    ptr_q, slots_k, slots_v, ptr_out, ptr_grad, ptr_norm, ptr_delta, ptr_grad_q, ptr_grad_pair,
+    ptr_key, ptr_start, ptr_expiry, ptr_visible, ptr_entered, ptr_epochs, ptr_slot_bias, ptr_pair,
+    scale, softcap, softmax_scale, query_len, key_len, epoch_len, num_epochs, num_tiles, old_slots,
+    num_slots, row_0,
     sqb: tl.int64,
     sqn: tl.int64,
     sqh: tl.int64,
@@ -156,8 +156,8 @@ def grad_query_kernel(
     offs_head = i_head * GROUP + i_group
     HEADS: tl.constexpr = HEADS_KV * GROUP
     grad = load_grads(
-        ptr_grad + row_offsets(i_batch, sgb, GRAD_ALIGNED), first + i_query, offs_head, sgn, sgh, sgd,
-        mask_row, D, BLOCK_D, GRAD_ALIGNED,
+        ptr_grad + row_offsets(i_batch, sgb, GRAD_ALIGNED), first + i_query, offs_head, sgn, sgh,
+        sgd, mask_row, D, BLOCK_D, GRAD_ALIGNED,
     )  # [M, D]  # fmt: skip
     offs_out = ((i_batch * query_len + first + i_query) * HEADS + offs_head) * D
     if D % 8 == 0:
@@ -209,10 +209,10 @@ def grad_query_kernel(
         if num_full > 0:
             for block in tl.range(0, num_full, num_stages=STAGES):
                 acc, acc_row = _add_block(
-                    q, grad, norm, delta, acc, acc_row, block, at, i_group, mask_row, slots_k, slots_v,
-                    slot_base, ptr_key, ptr_start, ptr_expiry, ptr_slot_bias, ptr_pair, ptr_grad_pair,
-                    stride_member, spn, scale, softcap, False, KEY_BIAS, PAIR_BIAS, PAIR_GRAD,
-                    HAS_SOFTCAP, SLOT_D, BLOCK_N, BLOCK_D, TMA,
+                    q, grad, norm, delta, acc, acc_row, block, at, i_group, mask_row, slots_k,
+                    slots_v, slot_base, ptr_key, ptr_start, ptr_expiry, ptr_slot_bias, ptr_pair,
+                    ptr_grad_pair, stride_member, spn, scale, softcap, False, KEY_BIAS, PAIR_BIAS,
+                    PAIR_GRAD, HAS_SOFTCAP, SLOT_D, BLOCK_N, BLOCK_D, TMA,
                 )  # fmt: skip
         num_border = num_old - num_full
         new_block = old_slots // BLOCK_N - num_border
@@ -220,10 +220,10 @@ def grad_query_kernel(
             for i in tl.range(0, num_border + num_new, num_stages=STAGES):
                 block = tl.where(i < num_border, num_full + i, new_block + i)
                 acc, acc_row = _add_block(
-                    q, grad, norm, delta, acc, acc_row, block, at, i_group, mask_row, slots_k, slots_v,
-                    slot_base, ptr_key, ptr_start, ptr_expiry, ptr_slot_bias, ptr_pair, ptr_grad_pair,
-                    stride_member, spn, scale, softcap, True, KEY_BIAS, PAIR_BIAS, PAIR_GRAD,
-                    HAS_SOFTCAP, SLOT_D, BLOCK_N, BLOCK_D, TMA,
+                    q, grad, norm, delta, acc, acc_row, block, at, i_group, mask_row, slots_k,
+                    slots_v, slot_base, ptr_key, ptr_start, ptr_expiry, ptr_slot_bias, ptr_pair,
+                    ptr_grad_pair, stride_member, spn, scale, softcap, True, KEY_BIAS, PAIR_BIAS,
+                    PAIR_GRAD, HAS_SOFTCAP, SLOT_D, BLOCK_N, BLOCK_D, TMA,
                 )  # fmt: skip
         if NEEDS_QUERY:
             store_rows(ptr_grad_q, offs_out, mask_row, acc * softmax_scale, D, BLOCK_D)
@@ -260,8 +260,8 @@ def run_grad_query(
         plan, saved, call: Of the call.
         config: Tile sizes.
         grad_query: ``[B, Q, H, D]``, contiguous, or ``None`` if it is not asked for.
-        grad_pair: Zeros ``[.., Q, K]`` for the heads of `rows`, or fp32 ``[B, H, Q]`` for the sum over
-            keys, or ``None``.
+        grad_pair: Zeros ``[.., Q, K]`` for the heads of `rows`, or fp32 ``[B, H, Q]`` for the sum
+            over keys, or ``None``.
         rows: Default all.
     """
     query, key = saved.query, saved.key
@@ -280,21 +280,18 @@ def run_grad_query(
     for row in range(rows.start, rows.stop, chunk):
         now = range(row, min(row + chunk, rows.stop))
         slots = copy_slots(plan, key, saved.value, call.bias, now) if walks else None
-        sources = (None, None)
-        if slots is not None:
-            sources = tuple(
-                slots.source(t, config.block_n, config.uses_tma) for t in (slots.key, slots.value)
-            )
+        sources = slots.sources(config.block_n, config.uses_tma) if slots else (None, None)
         grad_query_kernel[(len(now) * plan.num_epochs * num_tiles,)](
-            query, *sources, saved.out, saved.grad_out, saved.norm, saved.delta, grad_query, grad_pair,
-            plan.slot_key, plan.slot_start, plan.slot_expiry, plan.visible, plan.entered, plan.epochs,
-            slots.bias if slots else None, call.pair_tensor, *call.factors, call.softmax_scale,
-            query.shape[1], plan.key_len, plan.epoch_len, plan.num_epochs, num_tiles, plan.old_slots,
-            plan.num_slots, row, *query.stride()[:3], *saved.grad_out.stride(), *call.pair_strides,
-            HEADS_KV=heads_kv, GROUP=group, D=head_dim, SLOT_D=slot_dim(head_dim),
-            BLOCK_D=padded_head_dim(head_dim), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-            STAGES=config.num_stages, **call.flags, PAIR_GRAD=pair_grad,
-            NEEDS_QUERY=grad_query is not None, CLAMPS=plan.clamps_positions,
+            query, *sources, saved.out, saved.grad_out, saved.norm, saved.delta, grad_query,
+            grad_pair, plan.slot_key, plan.slot_start, plan.slot_expiry, plan.visible,
+            plan.entered, plan.epochs, slots.bias if slots else None, call.pair_tensor,
+            *call.factors, call.softmax_scale, query.shape[1], plan.key_len, plan.epoch_len,
+            plan.num_epochs, num_tiles, plan.old_slots, plan.num_slots, row, *query.stride()[:3],
+            *saved.grad_out.stride(), *call.pair_strides, HEADS_KV=heads_kv, GROUP=group,
+            D=head_dim, SLOT_D=slot_dim(head_dim), BLOCK_D=padded_head_dim(head_dim),
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, STAGES=config.num_stages, **call.flags,
+            PAIR_GRAD=pair_grad, NEEDS_QUERY=grad_query is not None, CLAMPS=plan.clamps_positions,
             PACKED=plan.epochs is not None, ALIGNED=is_aligned(query),
-            GRAD_ALIGNED=is_aligned(saved.grad_out), TMA=config.uses_tma, num_warps=config.num_warps,
+            GRAD_ALIGNED=is_aligned(saved.grad_out), TMA=config.uses_tma,
+            num_warps=config.num_warps,
         )  # fmt: skip

@@ -24,7 +24,7 @@ def is_aligned(*tensors: Tensor) -> bool:
 
 
 def query_tiles(tensor: Tensor, group: int, block_m: int) -> TensorDescriptor | None:
-    """Descriptor of tiles ``[1, T, G, D]`` of a ``[B, Q, H, D]`` tensor, or ``None`` if there can be none."""
+    """Descriptor of tiles ``[1, T, G, D]`` of ``[B, Q, H, D]``, or ``None`` if it has none."""
     sizes, strides = list(tensor.shape), list(tensor.stride())
     if block_m % group or not is_aligned(tensor) or 0 in strides:
         return None
@@ -73,7 +73,7 @@ class Bias:
 
     @property
     def strides(self) -> tuple[int, int, int, int, int]:
-        """Of batch entry, KV head, head within its group, query, key; 0 where the bias has size 1."""
+        """Of batch entry, KV head, head in its group, query, key; 0 where the bias has size 1."""
         batch, head, query, key = (
             0 if size == 1 else stride
             for size, stride in zip(self.tensor.shape, self.tensor.stride(), strict=True)
@@ -115,7 +115,9 @@ class Call:
 
     @property
     def pair_strides(self) -> tuple[int, int, int, int, int]:
-        return (0, 0, 0, 0, 0) if self.pair_tensor is None else self.bias.strides  # type: ignore[union-attr]
+        if self.bias is None or self.bias.is_per_key:
+            return 0, 0, 0, 0, 0
+        return self.bias.strides
 
     @property
     def flags(self) -> dict[str, Any]:

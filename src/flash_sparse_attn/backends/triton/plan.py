@@ -1,8 +1,8 @@
 """Plans on the GPU: the key slots of every epoch from the intervals of a selection.
 
 1. `_epochs_kernel` (packed sequences only) writes the table of epochs.
-2. `_collect_kernel` lists the old keys of every epoch and writes its new slots. Long sequences do it
-   twice, first for coarse epochs, so that no program reads more than one coarse epoch and the
+2. `collect.py` lists the old keys of every epoch and writes its new slots. Long sequences do it
+   twice, first for coarse epochs, so that no epoch reads more than one coarse epoch and the
    survivors at its start.
 3. `_sort_kernel` sorts the survivors in runs, and `_place_kernel` merges the runs into slots and
    counts how many of them each query sees.
@@ -23,9 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...intervals import NEVER
 from ...plan import Plan
-from .config import SLOT_ALIGN
+from .collect import collect_kernel, pad_slots, sequence_of
 from .layout import Layout
 from .tiles import count_prefix, epoch_bounds, row_and_rest
 
@@ -33,8 +32,6 @@ if TYPE_CHECKING:
     from ...intervals import KeySelection
     from ...varlen import PackedSequences
 
-_NEVER = tl.constexpr(NEVER)
-_ALIGN = tl.constexpr(SLOT_ALIGN)
 _NO_KEY = tl.constexpr(-(2**63))
 _EPOCH_FIELDS = 8
 _COARSE = 1 << 15  # queries of a coarse epoch
@@ -49,12 +46,7 @@ _SIZES = (
     "num_epochs",
     "old_slots",
     "num_slots",
-    "coarse_len",
-    "num_coarse",
     "keep_first",
-    "keep_recent",
-    "piece_len",
-    "num_pieces",
     "num_runs",
     "num_bits",
     "num_sequences",
@@ -90,207 +82,6 @@ def _epochs_kernel(ptr_cu_q, ptr_cu_k, ptr_epochs, epoch_len, num_sequences):
     tl.store(ptr + 7, 0)
 
 
-@triton.jit
-def _sequence_of(i_epoch, ptr_epochs, key_len, PACKED: tl.constexpr):
-    """First key, number of keys, first epoch and number of the sequence of an epoch."""
-    if PACKED:
-        ptr = ptr_epochs + i_epoch * 8
-        return tl.load(ptr + 3), tl.load(ptr + 4), tl.load(ptr + 5), tl.load(ptr + 6)
-    else:
-        return 0, key_len, 0, 0
-
-
-@triton.jit
-def _pad(ptr_key, ptr_start, ptr_expiry, used):
-    """Fill the last block of slots with slots that nobody sees."""
-    offs = tl.arange(0, _ALIGN)  # [ALIGN]
-    slot = used // _ALIGN * _ALIGN + offs
-    mask = (slot >= used) & (used % _ALIGN != 0)
-    tl.store(ptr_key + slot, -1, mask=mask)
-    tl.store(ptr_start + slot, _NEVER, mask=mask)
-    tl.store(ptr_expiry + slot, 0, mask=mask)
-
-
-@triton.jit
-def _recent_begin(ptr_mask, at, keep_recent, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr):
-    """The oldest key that position `at` sees for being recent; with a mask only real keys count."""
-    if HAS_MASK:
-        need = tl.maximum(keep_recent, 1)
-        last = at
-        begin = 0
-        while (need > 0) & (last >= 0):
-            key = last - tl.arange(0, BLOCK)  # [BLOCK] newest first
-            real = (tl.load(ptr_mask + key, mask=key >= 0, other=0) != 0).to(tl.int32)
-            found = tl.sum((tl.cumsum(real, 0) < need).to(tl.int32), 0)
-            begin = tl.where(found < BLOCK, last - found, begin)
-            need = tl.where(found < BLOCK, 0, need - tl.sum(real, 0))
-            last -= BLOCK
-        return begin
-    else:
-        return at - tl.maximum(keep_recent, 1) + 1
-
-
-@triton.jit
-def _is_old(
-    ptr_start, ptr_expiry, key, mask, low, old_limit, RANKED: tl.constexpr, CAUSAL: tl.constexpr
-):
-    """Which of these keys belong to the old part of an epoch that begins at `low`."""
-    expiry = tl.load(ptr_expiry + key, mask=mask, other=0)
-    if RANKED:
-        return mask & (expiry > low)
-    else:
-        start = tl.load(ptr_start + key, mask=mask, other=_NEVER)
-        if CAUSAL:
-            start = tl.maximum(start, key)
-        return mask & (expiry == _NEVER) & (start <= old_limit)
-
-
-@triton.jit
-def _write_new(
-    ptr_start, ptr_expiry, ptr_key, ptr_slot_start, ptr_slot_expiry, ptr_entered, key_0, position, num,
-    low, high, new_begin, new_end, old_limit, capacity,
-    RANKED: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Write the new slots of an epoch and how many each query may see; returns their number."""
-    offs = tl.arange(0, BLOCK)  # [BLOCK]
-    entered = 0
-    for i in range(new_begin, high + 1, BLOCK):
-        key = i + offs
-        inside = (key >= 0) & (key < new_end)
-        expiry = tl.load(ptr_expiry + key, mask=inside, other=0)
-        start = tl.load(ptr_start + key, mask=inside, other=0)
-        if CAUSAL:
-            start = tl.maximum(start, key)
-        keep = inside & (expiry > tl.maximum(start, low)) & (start <= high)
-        if not RANKED:
-            keep = keep & ((expiry != _NEVER) | (start > old_limit))
-        ones = keep.to(tl.int32)
-        inclusive = entered + tl.cumsum(ones, 0)
-        slot = inclusive - 1
-        keep = keep & (slot < capacity)
-        tl.store(ptr_key + slot, key_0 + key, mask=keep)
-        tl.store(ptr_slot_start + slot, start, mask=keep)
-        tl.store(ptr_slot_expiry + slot, expiry, mask=keep)
-        if CAUSAL:
-            offs_query = key - position
-            tl.store(ptr_entered + offs_query, inclusive, mask=(offs_query >= 0) & (key <= high))
-        entered += tl.sum(ones, 0)
-    if not CAUSAL:
-        for i in range(0, num, BLOCK):
-            tl.store(ptr_entered + i + offs, tl.zeros_like(offs) + entered, mask=i + offs < num)
-    _pad(ptr_key, ptr_slot_start, ptr_slot_expiry, entered)
-    return entered
-
-
-@triton.jit(do_not_specialize=_SIZES)
-def _collect_kernel(
-    ptr_start, ptr_expiry, ptr_mask, ptr_coarse, ptr_coarse_counts, ptr_epochs, ptr_list, ptr_key,
-    ptr_slot_start, ptr_slot_expiry, ptr_counts, ptr_entered, query_len, key_len, epoch_len, num_epochs,
-    old_slots, num_slots, coarse_len, num_coarse, keep_recent, piece_len, num_pieces,
-    HEADS_KV: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    RANKED: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    PACKED: tl.constexpr,
-    FROM_COARSE: tl.constexpr,
-    ONLY_OLD: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
-):  # fmt: skip
-    """One program per (row, epoch, piece): a piece of the list of old keys, by position.
-
-    A piece first counts the keys before its own, which needs no order and so no waiting. The last
-    piece writes the new slots instead.
-    """
-    i_row, rest = row_and_rest(num_epochs * num_pieces)
-    i_epoch = num_epochs - 1 - rest // num_pieces  # those with the longest past first
-    i_piece = rest % num_pieces
-    first, num, position = epoch_bounds(i_epoch, ptr_epochs, query_len, key_len, epoch_len, PACKED)
-    key_0, num_keys, epoch_0, seq = _sequence_of(i_epoch, ptr_epochs, key_len, PACKED)
-    ptr_start += i_row * key_len + key_0
-    ptr_expiry += i_row * key_len + key_0
-    ptr_counts += (i_row * num_epochs + i_epoch) * 2
-    offs = tl.arange(0, BLOCK)  # [BLOCK]
-
-    low, high = position, position + num - 1
-    if not CAUSAL:
-        low, high = tl.maximum(low, 0), tl.maximum(high, 0)
-    if HAS_MASK:
-        ptr_mask += i_row // HEADS_KV * key_len + key_0
-    new_begin = _recent_begin(ptr_mask, low, keep_recent, HAS_MASK, BLOCK)
-    new_end = tl.where(num > 0, tl.minimum(high + 1, num_keys), 0)
-    if RANKED:
-        old_end = tl.minimum(new_begin, num_keys)
-    elif CAUSAL:
-        old_end = new_end
-    else:
-        old_end = num_keys
-    old_end = tl.where(num > 0, old_end, 0)
-    old_limit = high if CAUSAL else low
-
-    old_pieces = num_pieces
-    if not ONLY_OLD:
-        old_pieces = num_pieces - 1
-        if i_piece == old_pieces:
-            slot_base = (i_row * num_epochs + i_epoch) * num_slots + old_slots
-            entered = _write_new(
-                ptr_start, ptr_expiry, ptr_key + slot_base, ptr_slot_start + slot_base,
-                ptr_slot_expiry + slot_base, ptr_entered + i_row * query_len + first, key_0, position,
-                num, low, high, new_begin, new_end, old_limit, num_slots - old_slots, RANKED, CAUSAL,
-                BLOCK,
-            )  # fmt: skip
-            tl.store(ptr_counts + 1, entered)
-    if i_piece < old_pieces:
-        ptr_list += (i_row * num_epochs + i_epoch) * old_slots
-        scan_begin = 0
-        listed = 0
-        if FROM_COARSE:
-            within = (i_epoch - epoch_0) * epoch_len
-            i_coarse = (first - within) // coarse_len + seq + within // coarse_len
-            coarse_at = low - within % coarse_len
-            scan_begin = _recent_begin(ptr_mask, coarse_at, keep_recent, HAS_MASK, BLOCK)
-            scan_begin = tl.maximum(scan_begin, 0)
-            ptr_coarse += (i_row * num_coarse + i_coarse) * old_slots
-            if num > 0:
-                listed = tl.load(ptr_coarse_counts + (i_row * num_coarse + i_coarse) * 2)
-        begin = scan_begin + i_piece * piece_len
-        end = tl.minimum(begin + piece_len, old_end)
-        if (i_piece == 0) | (begin < old_end):
-            before = tl.zeros([BLOCK], tl.int32)
-            count = 0
-            if FROM_COARSE:
-                for i in tl.range(0, listed, BLOCK, num_stages=STAGES):
-                    used = i + offs < listed
-                    key = tl.load(ptr_coarse + i + offs, mask=used, other=0)
-                    keep = _is_old(
-                        ptr_start, ptr_expiry, key, used, low, old_limit, RANKED, CAUSAL
-                    ).to(tl.int32)
-                    if i_piece == 0:
-                        place = count + tl.cumsum(keep, 0) - 1
-                        tl.store(ptr_list + place, key, mask=(keep > 0) & (place < old_slots))
-                        count += tl.sum(keep, 0)
-                    else:
-                        before += keep
-            for i in tl.range(scan_begin, begin, BLOCK, num_stages=STAGES):
-                key = i + offs
-                before += _is_old(
-                    ptr_start, ptr_expiry, key, key < begin, low, old_limit, RANKED, CAUSAL
-                ).to(tl.int32)
-            count += tl.sum(before, 0)
-            for i in tl.range(begin, end, BLOCK, num_stages=STAGES):
-                key = i + offs
-                keep = _is_old(
-                    ptr_start, ptr_expiry, key, key < end, low, old_limit, RANKED, CAUSAL
-                ).to(tl.int32)
-                place = count + tl.cumsum(keep, 0) - 1
-                tl.store(ptr_list + place, key, mask=(keep > 0) & (place < old_slots))
-                count += tl.sum(keep, 0)
-            if end >= old_end:
-                tl.store(ptr_counts, tl.minimum(count, old_slots))
-
-
 @triton.jit(do_not_specialize=_SIZES)
 def _sort_kernel(
     ptr_score,
@@ -311,7 +102,7 @@ def _sort_kernel(
     i_epoch, i_run = rest // num_runs, rest % num_runs
     count = tl.load(ptr_counts + (i_row * num_epochs + i_epoch) * 2)
     if i_run * RUN < count:
-        key_0, _, _, _ = _sequence_of(i_epoch, ptr_epochs, key_len, PACKED)
+        key_0, _, _, _ = sequence_of(i_epoch, ptr_epochs, key_len, PACKED)
         index = i_run * RUN + tl.arange(0, RUN)  # [RUN]
         used = index < count
         key = tl.load(
@@ -358,7 +149,7 @@ def _place_kernel(
     """One program per (row, epoch): old slots in order, and how many of them each query sees."""
     i_row, i_epoch = row_and_rest(num_epochs)
     first, num, position = epoch_bounds(i_epoch, ptr_epochs, query_len, key_len, epoch_len, PACKED)
-    key_0, _, _, _ = _sequence_of(i_epoch, ptr_epochs, key_len, PACKED)
+    key_0, _, _, _ = sequence_of(i_epoch, ptr_epochs, key_len, PACKED)
     count = tl.load(ptr_counts + (i_row * num_epochs + i_epoch) * 2)
     slot_base = (i_row * num_epochs + i_epoch) * num_slots
     ptr_key += slot_base
@@ -391,7 +182,7 @@ def _place_kernel(
         tl.store(ptr_key + slot, key_0 + key, mask=used)
         tl.store(ptr_slot_start + slot, start, mask=used)
         tl.store(ptr_slot_expiry + slot, expiry, mask=used)
-    _pad(ptr_key, ptr_slot_start, ptr_slot_expiry, count)
+    pad_slots(ptr_key, ptr_slot_start, ptr_slot_expiry, count)
 
     # What this program's other threads have just written is read back.
     tl.debug_barrier()
@@ -421,10 +212,10 @@ def _uses_kernel(
     PACKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program per (row, epoch): the number of epochs that each key starting there is part of."""
+    """One program per (row, epoch): how many epochs each key that starts there is part of."""
     i_row, i_epoch = row_and_rest(num_epochs)
     _, num, position = epoch_bounds(i_epoch, ptr_epochs, query_len, key_len, epoch_len, PACKED)
-    key_0, num_keys, epoch_0, _ = _sequence_of(i_epoch, ptr_epochs, key_len, PACKED)
+    key_0, num_keys, epoch_0, _ = sequence_of(i_epoch, ptr_epochs, key_len, PACKED)
     ptr_start += i_row * key_len + key_0
     ptr_expiry += i_row * key_len + key_0
     ptr_uses += i_row * key_len + key_0
@@ -466,7 +257,7 @@ def _link_kernel(
     """One program per (row, epoch): enter the epoch's slots among the uses of their keys."""
     i_row, i_epoch = row_and_rest(num_epochs)
     _, _, position = epoch_bounds(i_epoch, ptr_epochs, query_len, key_len, epoch_len, PACKED)
-    _, num_keys, epoch_0, _ = _sequence_of(i_epoch, ptr_epochs, key_len, PACKED)
+    _, num_keys, epoch_0, _ = sequence_of(i_epoch, ptr_epochs, key_len, PACKED)
     shift = position - (i_epoch - epoch_0) * epoch_len
     slot_base = (i_row * num_epochs + i_epoch) * num_slots
     for part in tl.static_range(2):
@@ -552,10 +343,10 @@ def build_plan(
             num_coarse = query_len // _COARSE + packed.cu_seqlens_q.numel() - 1
             coarse_table = _epoch_table(packed, query_len, _COARSE)
         coarse_list, coarse_counts = ints(rows, num_coarse, old_slots), ints(rows, num_coarse, 2)
-        _collect_kernel[(rows * num_coarse,)](
-            *intervals, mask, None, None, coarse_table, coarse_list, None, None, None, coarse_counts, None,
-            *sizes, _COARSE, num_coarse, old_slots, num_slots, _COARSE, 0, recent, key_len, 1,
-            **facts, FROM_COARSE=False, ONLY_OLD=True, **scan,
+        collect_kernel[(rows * num_coarse,)](
+            *intervals, mask, None, None, coarse_table, coarse_list, None, None, None,
+            coarse_counts, None, *sizes, _COARSE, num_coarse, old_slots, num_slots, _COARSE, 0,
+            recent, key_len, 1, **facts, FROM_COARSE=False, ONLY_OLD=True, **scan,
         )  # fmt: skip
     # The keys that one epoch looks at; with padding the recent ones may reach back any distance.
     reach = key_len if coarse_list is None or mask is not None else _COARSE
@@ -564,12 +355,13 @@ def build_plan(
     old_pieces = 1
     if mask is None:
         old_pieces = max(1, min(triton.cdiv(reach, _BLOCK), _PROGRAMS // (rows * num_epochs)))
-    piece_len = _round_up(triton.cdiv(reach, old_pieces), _BLOCK)
+    piece_len = triton.cdiv(triton.cdiv(reach, old_pieces), _BLOCK) * _BLOCK
     num_pieces = old_pieces + 1
-    _collect_kernel[(rows * num_epochs * num_pieces,)](
-        *intervals, mask, coarse_list, coarse_counts, table, listed, slot_key, slot_start, slot_expiry,
-        counts, entered, *sizes, epoch_len, num_epochs, old_slots, num_slots, _COARSE, num_coarse,
-        recent, piece_len, num_pieces, **facts, FROM_COARSE=coarse_list is not None, ONLY_OLD=False, **scan,
+    collect_kernel[(rows * num_epochs * num_pieces,)](
+        *intervals, mask, coarse_list, coarse_counts, table, listed, slot_key, slot_start,
+        slot_expiry, counts, entered, *sizes, epoch_len, num_epochs, old_slots, num_slots, _COARSE,
+        num_coarse, recent, piece_len, num_pieces, **facts, FROM_COARSE=coarse_list is not None,
+        ONLY_OLD=False, **scan,
     )  # fmt: skip
 
     ordered, num_runs = None, triton.cdiv(old_slots, _RUN)

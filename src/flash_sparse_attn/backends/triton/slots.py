@@ -1,7 +1,7 @@
-"""Keys, values and per-key bias copied to the slots of a plan: aligned, padded, in the order of use.
+"""Keys, values and per-key bias copied to the slots of a plan: aligned and in the order of use.
 
-All tiles of an epoch read the same slots, so that one copy pays for itself: tiles then load whole blocks
-instead of gathering rows. Empty slots of a used block hold zeros.
+All tiles of an epoch read the same slots, so that one copy pays for itself: tiles then load whole
+blocks instead of gathering rows. Empty slots of a used block hold zeros.
 """
 
 from __future__ import annotations
@@ -113,7 +113,8 @@ class Slots:
     """Copies for some rows of a plan.
 
     Attributes:
-        key: ``[rows, E, P, SLOT_D]`` in the dtype of the keys, or ``None`` if only the bias is copied.
+        key: ``[rows, E, P, SLOT_D]`` in the dtype of the keys, or ``None`` if only the bias is
+        copied.
         value: The same.
         bias: fp32 ``[rows, members, E, P]`` in units of log 2, or ``None``.
     """
@@ -122,13 +123,17 @@ class Slots:
     value: Tensor | None
     bias: Tensor | None
 
-    def source(self, tensor: Tensor, block_n: int, uses_tma: bool) -> Any:
-        """What a kernel loads blocks of slots from: a descriptor, or the pointer."""
+    def sources(self, block_n: int, uses_tma: bool) -> tuple[Any, Any]:
+        """What a kernel loads blocks of keys and values from: descriptors, or the pointers."""
         if not uses_tma:
-            return tensor
-        return TensorDescriptor.from_tensor(
-            tensor.view(-1, tensor.shape[-1]), [block_n, padded_head_dim(tensor.shape[-1])]
-        )
+            return self.key, self.value
+
+        def describe(tensor: Tensor) -> TensorDescriptor:
+            block = [block_n, padded_head_dim(tensor.shape[-1])]
+            return TensorDescriptor.from_tensor(tensor.view(-1, tensor.shape[-1]), block)
+
+        assert self.key is not None and self.value is not None
+        return describe(self.key), describe(self.value)
 
 
 def slot_dim(head_dim: int) -> int:

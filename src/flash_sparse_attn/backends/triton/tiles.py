@@ -1,4 +1,4 @@
-"""Device functions shared by the kernels: addresses, loads, scores, and where a tile begins and ends.
+"""Device functions shared by the kernels: addresses, loads, scores, the blocks of a tile.
 
 A tile holds ``BLOCK_M`` *rows*. The rows of an epoch are its (query, head) pairs in the order of
 queries, the ``GROUP`` heads of one KV head side by side, so that a tile is full for any group size.
@@ -14,7 +14,8 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 _INF = tl.constexpr(float("inf"))
 # The largest finite bias. Times log2(e) it is still finite in fp32, which finfo.min is not.
 _MAX_BIAS = tl.constexpr(2.3e38)
-# Below every finite score, and finite: no difference of peaks is NaN, so that no loop needs a guard.
+# Below every finite score, and finite: no difference of peaks is NaN, so that no loop needs a
+# guard.
 LOWEST = tl.constexpr(-3.4e38)
 
 
@@ -144,7 +145,7 @@ def log2_bias(bias):
 
 @triton.jit
 def scaled_scores(product, scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    """Scores in units of log 2 from ``q.k``, and tanh of the softcap (the scores again if it is off).
+    """Scores in units of log 2 from ``q.k``, and the tanh of a softcap (without one the scores).
 
     `scale` holds log2(e), or with a softcap the scale over the softcap.
     """
@@ -161,7 +162,7 @@ def scaled_scores(product, scale, softcap, HAS_SOFTCAP: tl.constexpr):
 
 @triton.jit
 def softmax_update(scores, peak, total):
-    """Online softmax of ``[M, N]`` scores: probabilities, their factor for what came before, peak, total.
+    """Online softmax of ``[M, N]`` scores: probabilities, factor of what came before, peak, total.
 
     A row that has seen no key keeps its first peak, `LOWEST`, and its probabilities are 0.
     """
@@ -176,8 +177,8 @@ def tile_blocks(ptr_visible, ptr_entered, i_first, i_last, BLOCK_N: tl.constexpr
     """The slot blocks of a tile whose first and last query are given.
 
     Returns the number of old blocks that all its queries see whole, of old blocks that any of them
-    sees, and of new blocks. What a query sees of the old slots is a prefix that only shrinks, or only
-    grows, so that the ends of the tile tell both.
+    sees, and of new blocks. What a query sees of the old slots is a prefix that only shrinks, or
+    only grows, so that the ends of the tile tell both.
     """
     at_first = tl.load(ptr_visible + i_first)
     at_last = tl.load(ptr_visible + i_last)
