@@ -173,7 +173,7 @@ NAMES = ("out", "lse", "grad query", "grad key", "grad value", "grad bias")
 
 CASES = {
     "several blocks of survivors": Case(
-        queries=96, keys=96, window=40, epoch=32, scores="rising", uses_tma=True
+        queries=96, keys=96, window=45, epoch=32, scores="rising", uses_tma=True
     ),
     "batch, group of 3": Case(batch=2, heads=3, queries=33, keys=33),
     "more keys, softcap, no bias": Case(keys=70, bias=None, softcap=2.0, dim=20, uses_tma=True),
@@ -229,7 +229,7 @@ def test_attention_more(name: str) -> None:
 
 def test_the_past_is_bit_identical() -> None:
     """Better keys later on end the life of keys, and change no bit of what came before."""
-    inputs = Inputs(Case(queries=96, keys=96, window=40, epoch=32))
+    inputs = Inputs(Case(queries=96, keys=96, window=45, epoch=32))
     before, changed = inputs.run(), 70
     inputs.scores[..., changed:] += 3.0
     inputs.key[:, changed:] += 1.0

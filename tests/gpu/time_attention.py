@@ -196,7 +196,7 @@ def stage_times(inputs: Pass, calls: int) -> tuple[dict[str, float], float]:
 
 
 def peak_memory(inputs: Pass) -> tuple[int, float]:
-    """Bytes at the peak of a step, inputs included, and that over the bytes of the call's own tensors.
+    """Bytes at the peak of a step, inputs included, and that over those of the call's own tensors.
 
     Those are query, key, value, scores, their gradients, the output, its gradient and the lse.
     """

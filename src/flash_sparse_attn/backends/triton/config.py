@@ -10,8 +10,6 @@ import torch
 SLOT_ALIGN = 128
 """Parts of slot lists begin, and are padded, at multiples of this; no key block is larger."""
 
-MAX_HEAD_DIM = 256
-
 USES_AT_ONCE = 4
 """Contributions to one key that are loaded together when they are summed."""
 
@@ -59,8 +57,8 @@ _TABLE = {
     # (B, H, Hkv, N, W) = (1, 2, 1, 32768, 1024): 0.073, 0.080, 0.155. No other forward was faster:
     # 128 rows 0.080, 128 slots 0.079, descriptors 0.082.
     ("sm_90", 64): _tiles((64, 64, 4, 2, _POINTERS), (64, 64, 4, 3, _TMA), (128, 64, 4, 2, _TMA)),
-    # (1, 32, 8, 32768, 2048): 2.66, 3.32, 4.3. Two programs of 4 warps share a multiprocessor: one
-    # computes scores while the other waits; 8 warps: 2.93, 3.48, 4.9.
+    # (1, 32, 8, 32768, 2048): 2.7, 3.3, 4.3. Two programs of 4 warps share a multiprocessor: one
+    # computes scores while the other waits; 8 warps: 2.9, 3.5, 4.9.
     ("sm_90", 128): _tiles((128, 64, 4, 2, _TMA), (64, 64, 4, 2, _TMA), (64, 64, 4, 2, _TMA)),
     # Run for correctness, not timed.
     ("sm_90", 256): _tiles((128, 32, 8, 2, _TMA), (64, 32, 8, 2, _TMA), (32, 64, 8, 2, _TMA)),
