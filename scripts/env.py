@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = ROOT / "pyproject.toml"
 # Which extras an environment has, and which modules NO_VENV=1 must find.
 EXTRAS = {"demo": "demo,bench", "test": "dev"}
-MODULES = {"demo": ("matplotlib", "tqdm"), "test": ("pytest", "matplotlib", "tqdm")}
+MODULES = {"demo": ("matplotlib",), "test": ("pytest", "matplotlib")}
 # The CPU build the tests were run with. "+cpu" matches no CUDA build, whatever index answers.
 CPU_TORCH = "torch==2.13.0+cpu"
 MINOR = f"{sys.version_info[0]}.{sys.version_info[1]}"

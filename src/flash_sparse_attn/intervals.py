@@ -55,8 +55,8 @@ def visible_to(
     position: Tensor, start: Tensor, expiry: Tensor, key_position: Tensor, is_causal: bool
 ) -> Tensor:
     """Whether keys with these intervals are visible to these query positions (broadcast)."""
-    if is_causal:
-        return (start <= position) & (position < expiry) & (key_position <= position)
+    if is_causal:  # an interval starts at 0 or at its key, never later
+        return (key_position <= position) & (position < expiry)
     # With more queries than keys the first positions are negative; without causality they stand
     # where the sequence begins.
     position = position.clamp(min=0)

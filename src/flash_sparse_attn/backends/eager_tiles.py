@@ -16,9 +16,10 @@ from .. import checks
 from ..intervals import NEVER, KeySelection, visible_to
 from ..problem import Problem
 
-# Measured at N 16384, W 256, D 64, fp32 on one core, forward + backward: 2**18 scores in a tile
-# 617 ms, 2**19 453 ms, 2**20 477 ms, 2**22 486 ms; epochs of 64, 128, 256 queries 453, 546, 736 ms.
-_SCORES_PER_TILE = 1 << 19
+# Measured at N 16384, W 256, D 64, fp32 on two cores, forward + backward: 2**18 scores in a tile
+# 316 ms, 2**19 301 ms, 2**20 282 ms, 2**21 295 ms; epochs of 32, 48, 64, 80 queries 392, 355, 301
+# and 369 ms.
+_SCORES_PER_TILE = 1 << 20
 _MIN_EPOCH, _MAX_EPOCH = 64, 512
 
 
@@ -226,7 +227,6 @@ class Walk:
         """Bool, broadcastable to ``[B, Hkv, E, G, L, P]``."""
         problem = self.problem
         keys = self._by_head(tile.keys)
-        used = self._by_head(tile.used)[:, :, :, None, None]
         position = torch.arange(tile.epochs * tile.length, device=keys.device)
         position = (position + tile.begin + problem.key_len - problem.query_len).view(
             tile.epochs, 1, tile.length, 1
@@ -234,15 +234,15 @@ class Walk:
         if isinstance(self.mask, KeySelection):
             start = self.mask.start.gather(2, keys.flatten(2)).view(keys.shape)
             expiry = self.mask.expiry.gather(2, keys.flatten(2)).view(keys.shape)
-            visible = visible_to(
+            expiry = torch.where(self._by_head(tile.used), expiry, 0)  # nobody sees an unused slot
+            return visible_to(
                 position,
                 start[:, :, :, None, None],
                 expiry[:, :, :, None, None],
                 keys[:, :, :, None, None],
                 problem.is_causal,
             )
-            return visible & used
-        visible = used
+        visible = self._by_head(tile.used)[:, :, :, None, None]
         if problem.is_causal:
             visible = visible & (keys[:, :, :, None, None] <= position)
         return visible if self.mask is None else visible & self._spread(self.mask, tile)
