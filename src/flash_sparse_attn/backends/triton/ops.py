@@ -288,7 +288,13 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """``out [B, Q, H, D]`` and ``lse [B, H, Q]`` over the keys of a selection."""
     ready = selection.plan
-    if ready is None or not ready.fits(problem.query_len, problem.is_causal, problem.requires_grad):
+    # A prepared packed plan is for queries with the borders of the keys; to compare is a sync.
+    borders = None if problem.packed is None else problem.packed.cu_seqlens_q
+    if (
+        ready is None
+        or borders is not selection.cu_seqlens
+        or not ready.fits(problem.query_len, problem.is_causal, problem.requires_grad)
+    ):
         ready = plan(
             selection, problem.query_len, problem.is_causal, problem.packed, problem.requires_grad
         )
