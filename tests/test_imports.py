@@ -37,7 +37,7 @@ PUBLIC = {
 
 # A module imports only from layers above its own in this list; an entry stands for its submodules.
 LAYERS = (
-    {"_conflicts", "_version", "plan", "reference", "varlen"},
+    {"_conflicts", "_version", "plan", "reference", "scores", "varlen"},
     {"intervals"},
     {"checks"},
     {"problem", "utils"},

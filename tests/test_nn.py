@@ -134,7 +134,7 @@ def test_scores_do_not_depend_on_where_memory_is_cut(monkeypatch):
     layer, hidden = make_layer(), make_hidden(length=100)
     whole = layer.scores(hidden)
     for products in (1, 100, 1000):
-        monkeypatch.setattr("flash_sparse_attn.nn._PRODUCTS_ON_CPU", products)
+        monkeypatch.setattr("flash_sparse_attn.scores._PRODUCTS_ON_CPU", products)
         assert torch.equal(layer.scores(hidden), whole)
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import checks
 from .dynamic_mask import dynamic_mask_attn_func, dynamic_mask_attn_varlen_func
 from .intervals import sequence_bounds
+from .scores import folded_key_scores
 from .selection import MODES
 from .window_cache import WindowCache
 
@@ -18,10 +18,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 SCORE_ACTIVATIONS = ("softplus", "exp")
-
-# Scores are summed in parts of so many products: parts that stay in a processor's cache, and parts
-# that fill a GPU without taking gigabytes.
-_PRODUCTS_ON_CPU, _PRODUCTS_ON_GPU = 1 << 18, 1 << 25
 
 
 class AttentionOptions(TypedDict, total=False):
@@ -211,16 +207,8 @@ class DynamicMaskAttention(nn.Module):
                     f"{name}: expected nn.Linear, got {type(layer).__name__}: its weight is folded "
                     "into the scores, which would miss what an adapter adds; merge the adapter"
                 )
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            rows = self.dt_proj.weight.float()
-            weight = rows @ self.v_proj.weight.float()
-            offset = weight.new_zeros(len(weight))
-            if self.v_proj.bias is not None:
-                offset = offset + rows @ self.v_proj.bias.float()
-            if self.dt_proj.bias is not None:
-                offset = offset + self.dt_proj.bias.float()
         exponential = self.score_activation == "exp"
-        return _key_scores(hidden_states, weight, offset, self.A.float(), exponential)[0]
+        return folded_key_scores(hidden_states, self.v_proj, self.dt_proj, self.A, exponential)
 
     def make_cache(
         self,
@@ -334,65 +322,3 @@ def _rotate(x: Tensor, position: Tensor, theta: float) -> Tensor:
     first, second = x.float().split(half, dim=-1)
     cos, sin = angle.cos(), angle.sin()
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-
-
-@torch.library.custom_op(
-    "flash_sparse_attn::key_scores",
-    mutates_args=(),
-    schema="(Tensor hidden, Tensor weight, Tensor offset, Tensor A, bool exponential)"
-    " -> (Tensor, Tensor)",
-)
-def _key_scores(
-    hidden: Tensor, weight: Tensor, offset: Tensor, A: Tensor, exponential: bool
-) -> tuple[Tensor, Tensor]:
-    """Scores and logits, fp32 ``[..., Hkv, S]``, of ``hidden [..., S, N]``; ``weight [Hkv, N]``.
-
-    An operator of its own, so that a compiler cannot contract or reorder the sums. Products are
-    added in halves, element by element: correctly rounded operations in an order fixed by ``N``.
-    """
-    products = _PRODUCTS_ON_CPU if hidden.device.type == "cpu" else _PRODUCTS_ON_GPU
-    parts = hidden.reshape(-1, hidden.shape[-1]).split(max(1, products // weight.numel()))
-    logit = torch.cat([_sum_in_halves(part.float()[:, None] * weight) for part in parts]) + offset
-    logit = logit.view(*hidden.shape[:-1], len(weight)).transpose(-1, -2).contiguous()
-    # Not F.softplus: on CPUs its vector body and its scalar tail round differently.
-    score = A[:, None] * (logit.clamp(min=0) + torch.log1p(torch.exp(-logit.abs())))
-    return torch.exp(score) if exponential else score, logit
-
-
-def _sum_in_halves(terms: Tensor) -> Tensor:
-    """Sum the last dimension in place, adding the upper half to the lower until one is left."""
-    size = terms.shape[-1]
-    while size > 1:
-        half = 1 << ((size - 1).bit_length() - 1)
-        terms[..., : size - half] += terms[..., half:size]
-        size = half
-    return terms[..., 0]
-
-
-@_key_scores.register_fake
-def _(
-    hidden: Tensor, weight: Tensor, offset: Tensor, A: Tensor, exponential: bool
-) -> tuple[Tensor, Tensor]:
-    shape = (*hidden.shape[:-2], weight.shape[0], hidden.shape[-2])
-    return weight.new_empty(shape), weight.new_empty(shape)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    hidden, weight, _, A, ctx.exponential = inputs
-    ctx.save_for_backward(hidden, weight, A, *output)
-
-
-def _differentiate(ctx: Any, grad_score: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    """Plain matrix products: a gradient need not have the same bits in every batch."""
-    hidden, weight, A, score, logit = ctx.saved_tensors
-    with torch.autocast(hidden.device.type, enabled=False):
-        grad = grad_score * score if ctx.exponential else grad_score
-        grad_A = (grad * F.softplus(logit)).transpose(-1, -2).flatten(0, -2).sum(0)
-        grad_logit = (grad * A[:, None] * torch.sigmoid(logit)).transpose(-1, -2)
-        rows = grad_logit.flatten(0, -2)
-        grad_weight = rows.t() @ hidden.flatten(0, -2).float()
-        grad_hidden = (grad_logit @ weight).to(hidden.dtype)
-    return grad_hidden, grad_weight, rows.sum(0), grad_A, None
-
-
-_key_scores.register_autograd(_differentiate, setup_context=_save)
