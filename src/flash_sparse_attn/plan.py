@@ -16,6 +16,7 @@ The order depends on the past only: what comes later can hide a slot, never move
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -94,6 +95,21 @@ class Plan:
         none = self.slot_key.new_empty(0)
         parts = (getattr(self, name) for name in _TENSORS)
         return [none if part is None else part for part in parts]
+
+    @cached_property
+    def addresses(self) -> tuple[int, ...]:
+        """Addresses of `tensors`."""
+        return tuple(tensor.data_ptr() for tensor in self.tensors())
+
+    @cached_property
+    def facts(self) -> tuple[Any, ...]:
+        """All that a kernel is told about the plan but the addresses."""
+        alignments = tuple(address & 15 if address else -1 for address in self.addresses)
+        return self.slot_key.shape, self.sizes, self.clamps_positions, alignments
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy takes over: the fields, not the addresses of these tensors."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
     @classmethod
     def of(cls, tensors: list[Tensor], sizes: list[int], clamps_positions: bool) -> Plan:

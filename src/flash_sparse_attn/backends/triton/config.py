@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+KNOWN_TRITON = ((3, 6),)
+"""Versions of Triton whose way to start a compiled kernel is known; see `launch.py`."""
+
 SLOT_ALIGN = 128
 """Parts of slot lists begin, and are padded, at multiples of this; no key block is larger."""
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from ...plan import Plan
 from .config import TileConfig, architecture_of, padded_head_dim, slot_rows, tiles_for
 from .inputs import Call, is_aligned
+from .launch import launch
 from .slots import copy_slots, slot_dim
 from .tiles import (
     LOWEST,
@@ -236,7 +237,7 @@ def forward(
     for row in range(0, rows, chunk):
         now = range(row, min(row + chunk, rows))
         slots = copy_slots(plan, key, value, call.bias, now)
-        forward_kernel[(len(now) * plan.num_epochs * num_tiles,)](
+        launch(forward_kernel, len(now) * plan.num_epochs * num_tiles)(
             query, *slots.sources(config.block_n, config.uses_tma), out, lse, norm,
             plan.slot_key, plan.slot_start, plan.slot_expiry, plan.visible, plan.entered,
             plan.epochs, slots.bias, call.pair_tensor, *call.factors, query_len, plan.key_len,

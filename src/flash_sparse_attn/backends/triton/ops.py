@@ -98,7 +98,6 @@ def _forward(
     softcap: float,
     clamps_positions: bool,
     sizes: list[int],
-    with_norm: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from .forward import forward
     from .inputs import Bias, Call
@@ -106,8 +105,9 @@ def _forward(
     wrapped = None if bias is None else Bias.of(bias, query.shape[2], key.shape[2])
     call = Call(softmax_scale, softcap, wrapped)
     record = Plan.of(plan, sizes, clamps_positions)
-    out, lse, norm = forward(record, query, key, value, call, with_norm=with_norm)
-    return out, lse, lse if norm is None else norm
+    out, lse, norm = forward(record, query, key, value, call, with_norm=True)
+    assert norm is not None
+    return out, lse, norm
 
 
 def _backward(
@@ -298,13 +298,15 @@ def attention(
         ready = plan(
             selection, problem.query_len, problem.is_causal, problem.packed, problem.requires_grad
         )
-    query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
+    if not query.stride(-1) == key.stride(-1) == value.stride(-1) == 1:
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    if not (problem.requires_grad or _traced(query)):
+        from .inference import infer
+
+        return infer(problem, query, key, value, bias, ready)
     call = (problem.softmax_scale, problem.softcap, ready.clamps_positions, list(ready.sizes))
-    if problem.requires_grad or _traced(query):
-        operator = torch.ops.flash_sparse_attn.forward
-        out, lse, _ = operator(query, key, value, bias, ready.tensors(), *call)
-    else:
-        out, lse, _ = _forward(query, key, value, bias, ready.tensors(), *call, with_norm=False)
+    operator = torch.ops.flash_sparse_attn.forward
+    out, lse, _ = operator(query, key, value, bias, ready.tensors(), *call)
     return out, lse
 
 

@@ -18,6 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ...plan import Plan
 from .config import SLOT_ALIGN, padded_head_dim
 from .inputs import Bias, is_aligned
+from .launch import launch
 from .tiles import load_rows, log2_bias, row_and_rest, row_offsets
 
 _INTS = (
@@ -168,7 +169,7 @@ def copy_slots(
     if with_rows or has_bias:
         block_n = max(16, min(SLOT_ALIGN, 8192 // padded_head_dim(head_dim))) if with_rows else 128
         num_blocks = plan.num_slots // block_n
-        copy_kernel[(len(rows) * plan.num_epochs * num_blocks,)](
+        launch(copy_kernel, len(rows) * plan.num_epochs * num_blocks)(
             key, value, bias.tensor if has_bias and bias else None, plan.slot_key, plan.counts,
             slot_key, slot_value, slot_bias, plan.num_epochs, plan.old_slots, plan.num_slots,
             num_blocks, rows.start, *key.stride()[:3], *value.stride()[:3], *strides,

@@ -1,0 +1,137 @@
+"""Launches that are recorded and repeated: which pointers go where, and what is not repeated."""
+
+from __future__ import annotations
+
+import ctypes
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from flash_sparse_attn.backends.triton import launch as launching
+from flash_sparse_attn.backends.triton.launch import launch, repeat
+
+CPU = torch.device("cpu")
+
+
+class FakeKernel:
+    """Adds two fp32 vectors of ``size`` by their addresses, compiled or not."""
+
+    arg_names = ("ptr_left", "ptr_right", "ptr_out", "size", "SCALE")
+
+    def __init__(self):
+        self.handled = self.compiled = 0
+
+    def __getitem__(self, grid):
+        def run(left, right, out, size, SCALE, num_warps=4):
+            self.handled += 1
+            tensors = [getattr(one, "base", one) for one in (left, right, out)]
+            self._add(*(one.data_ptr() for one in tensors), size, SCALE)
+            return SimpleNamespace(function=None, packed_metadata=None, run=self._run)
+
+        return run
+
+    def _run(self, x, y, z, stream, function, metadata, about, enter, leave, *arguments):
+        self.compiled += 1
+        left, right, out, size, scale = arguments
+        plain = (one if isinstance(one, int) else one.base.data_ptr() for one in (left, right, out))
+        self._add(*plain, size, scale)
+
+    def _add(self, left, right, out, size, scale):
+        vectors = [(ctypes.c_float * size).from_address(one) for one in (left, right, out)]
+        for i in range(size):
+            vectors[2][i] = scale * (vectors[0][i] + vectors[1][i])
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    monkeypatch.setattr(launching, "_recordings", {})
+    monkeypatch.setattr(launching, "_can_repeat", lambda: True)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
+    return FakeKernel()
+
+
+def add_twice(kernel, left, right, allocate=torch.empty, wrap=lambda tensor: tensor):
+    """``2 (2 (left + right) + right)`` through a scratch tensor, and a result that stays empty."""
+    size = left.numel()
+    scratch, out = allocate(2 * size), torch.empty(size)
+    launch(kernel, 1)(wrap(left), right, scratch[size:].view(-1), size, SCALE=2.0, num_warps=1)
+    launch(kernel, 1)(scratch[size:].view(-1), right, out, size, SCALE=2.0)
+    return out, None
+
+
+def call(kernel, left, right, key="key", **options):
+    addresses = (left.data_ptr(), right.data_ptr())
+    return repeat(key, addresses, CPU, lambda: add_twice(kernel, left, right, **options))
+
+
+def test_repeats_with_other_tensors(kernel):
+    for round_ in range(3):
+        left, right = torch.randn(8), torch.randn(8)
+        out, nothing = call(kernel, left, right)
+        torch.testing.assert_close(out, 4 * left + 6 * right)
+        assert nothing is None
+        assert (kernel.handled, kernel.compiled) == (2, 2 * round_)
+
+
+def test_results_are_new_tensors(kernel):
+    left, right = torch.randn(8), torch.randn(8)
+    outs = [call(kernel, left, right)[0] for _ in range(3)]
+    assert len({out.data_ptr() for out in outs}) == 3
+
+
+def test_descriptors_take_the_new_address(kernel):
+    def wrap(tensor):
+        return SimpleNamespace(base=tensor, shape=[8], strides=[1], padding="zero")
+
+    for _ in range(2):
+        left, right = torch.randn(8), torch.randn(8)
+        out, _ = call(kernel, left, right, wrap=wrap)
+        torch.testing.assert_close(out, 4 * left + 6 * right)
+    assert kernel.compiled == 2
+
+
+def test_other_keys_are_other_calls(kernel):
+    for size in (8, 4):
+        call(kernel, torch.randn(size), torch.randn(size), key=size)
+    assert (kernel.handled, kernel.compiled) == (4, 0)
+
+
+def test_what_computes_outside_of_kernels_is_not_repeated(kernel):
+    for _ in range(2):
+        call(kernel, torch.randn(8), torch.randn(8), allocate=torch.zeros)
+    assert (kernel.handled, kernel.compiled) == (4, 0)
+
+
+def test_tensors_that_share_an_address_are_not_repeated(kernel):
+    same = torch.randn(8)
+    call(kernel, same, same)
+    left, right = torch.randn(8), torch.randn(8)
+    out, _ = call(kernel, left, right)
+    torch.testing.assert_close(out, 4 * left + 6 * right)
+    assert kernel.compiled == 0
+
+
+def test_a_tensor_that_was_not_given_is_not_repeated(kernel):
+    hidden = torch.randn(8)
+    for _ in range(2):
+        left = torch.randn(8)
+        repeat("key", (left.data_ptr(),), CPU, lambda left=left: add_twice(kernel, left, hidden))
+    assert kernel.compiled == 0
+
+
+def test_profilers_see_ordinary_launches(kernel, monkeypatch):
+    call(kernel, torch.randn(8), torch.randn(8))
+    monkeypatch.setattr(launching, "_is_profiled", lambda: True)
+    call(kernel, torch.randn(8), torch.randn(8))
+    assert (kernel.handled, kernel.compiled) == (4, 0)
+
+
+def test_recordings_are_bounded(kernel, monkeypatch):
+    monkeypatch.setattr(launching, "_MAX_RECORDINGS", 3)
+    for key in range(10):
+        call(kernel, torch.randn(8), torch.randn(8), key=key)
+        assert len(launching._recordings) <= 3
