@@ -507,7 +507,7 @@ def test_27_one_more_token_extends_the_prefill():
 # 28: backends
 
 
-KERNELS = {"cuda", "triton", "flex"}
+KERNELS = {"cuda", "triton"}
 
 
 def test_28_the_auto_function_and_named_backends():

@@ -218,7 +218,7 @@ def test_options(changes, error, name, words):
 
 
 def test_a_named_backend_runs_or_lists_its_reasons():
-    for name in ("cuda", "triton", "flex"):
+    for name in ("cuda", "triton"):
         if not torch.cuda.is_available():
             with pytest.raises(RuntimeError, match=f"backend='{name}'.*\n?.*-"):
                 flash_sparse_attn_func(**call(backend=name))

@@ -6,7 +6,7 @@ A backend is a module with three functions:
 * ``unsupported(problem) -> list[str]``: reasons why it cannot run this call;
 * ``attention(problem, query, key, value, mask, bias) -> (out, lse)``.
 
-A named backend runs or raises with its reasons; only ``backend=None`` chooses.
+A named backend runs or raises with its reasons; only ``backend=None`` chooses, and never "flex".
 """
 
 from __future__ import annotations
@@ -58,6 +58,10 @@ def choose(problem: Problem, backend: str | None = None) -> ModuleType:
     if problem.is_empty:  # nothing to launch, and gradients of zero
         return eager
     for module in _MODULES.values():
+        # FlexAttention takes seconds to compile for every new form of a call, and on CPUs all of
+        # Q x K in memory: that is for people to choose.
+        if module is flex:
+            continue
         if not module.unavailable() and not module.unsupported(problem):
             if module is eager and problem.device.type == "cuda":
                 _warn_eager_on_gpu(tuple(triton.unavailable() or triton.unsupported(problem)))

@@ -83,7 +83,7 @@ def report() -> str:
     lines += [f"  {name:<18} {value}" for name, value in versions().items()]
     lines += [f"  {'commit':<18} {commit()}", "", "device"]
     lines += [f"  {name:<18} {value}" for name, value in hardware().items()]
-    lines += ["", "backends (the first one that works is used unless you name one)"]
+    lines += ["", "backends (the first that works is used unless you name one; flex only if named)"]
     for name, reasons in dispatch.explain_backends().items():
         lines.append(f"  {name:<8} {'works' if not reasons else 'not available'}")
         lines += [f"           - {reason}" for reason in reasons]

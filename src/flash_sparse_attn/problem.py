@@ -27,6 +27,7 @@ class Problem:
         softcap: Bound of the scaled scores before the bias, 0.0 if off.
         deterministic: Whether results have to be bitwise repeatable.
         requires_grad: Whether anything needs a gradient.
+        bias_requires_grad: Whether the bias does.
         packed: Borders of packed sequences, or ``None``.
     """
 
@@ -47,6 +48,7 @@ class Problem:
     softcap: float
     deterministic: bool
     requires_grad: bool
+    bias_requires_grad: bool = False
     packed: PackedSequences | None = None
 
     @classmethod
@@ -85,6 +87,7 @@ class Problem:
             softcap=softcap,
             deterministic=bool(deterministic) or torch.are_deterministic_algorithms_enabled(),
             requires_grad=needs and torch.is_grad_enabled(),
+            bias_requires_grad=bias is not None and bias.requires_grad and torch.is_grad_enabled(),
             packed=packed,
         )
 
