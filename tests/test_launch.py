@@ -29,15 +29,31 @@ class FakeKernel:
             self.handled += 1
             tensors = [getattr(one, "base", one) for one in (left, right, out)]
             self._add(*(one.data_ptr() for one in tensors), size, SCALE)
-            return SimpleNamespace(function=None, packed_metadata=None, run=self._run)
+            facts = ("global_scratch_size", "profile_scratch_size")
+            facts += ("launch_cooperative_grid", "launch_pdl")
+            launcher = SimpleNamespace(**dict.fromkeys(facts, 0), launch=self._launch)
+            if hasattr(left, "base"):
+                launcher.launch = self._wrapped()
+            return SimpleNamespace(function=None, packed_metadata=None, run=launcher)
 
         return run
 
-    def _run(self, x, y, z, stream, function, metadata, about, enter, leave, *arguments):
+    def _wrapped(self):
+        """As Triton wraps the function of a kernel that takes tensor descriptors."""
+        launcher, tensordesc_meta = self._launch_described, [None]
+        return lambda *args: launcher(*args, tensordesc_meta)
+
+    def _launch_described(self, *arguments):
+        # In place of a 1-D descriptor: its tensor, twice shape and stride, and the padding.
+        *base, left, _, _, padding, _, _, right, out, size, scale = arguments
+        assert not padding
+        self._launch(*base, left.data_ptr(), right, out, size, scale)
+
+    def _launch(self, x, y, z, stream, function, cooperative, dependent, *arguments):
         self.compiled += 1
-        left, right, out, size, scale = arguments
-        plain = (one if isinstance(one, int) else one.base.data_ptr() for one in (left, right, out))
-        self._add(*plain, size, scale)
+        *nothing, left, right, out, size, scale = arguments
+        assert nothing == [None] * 6
+        self._add(left, right, out, size, scale)
 
     def _add(self, left, right, out, size, scale):
         vectors = [(ctypes.c_float * size).from_address(one) for one in (left, right, out)]

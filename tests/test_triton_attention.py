@@ -25,6 +25,7 @@ from flash_sparse_attn.selection import select_keys
 from flash_sparse_attn.varlen import PackedSequences
 
 PLANNING = importlib.import_module("flash_sparse_attn.backends.triton.plan")
+COLLECTING = importlib.import_module("flash_sparse_attn.backends.triton.collect")
 
 # fp32 throughout: values and gradients are of order 1 to 10.
 TOLERANCE = 3e-5
@@ -258,10 +259,10 @@ def plan_uses(plan: Plan) -> dict[int, list[int]]:
 
 
 PLANS = {
-    "causal, several runs": Case(queries=100, keys=100, window=70, keep_first=1, keep_recent=4),
+    "causal, several runs": Case(queries=150, keys=150, window=70, keep_first=1, keep_recent=4),
     "padded, recent": Case(queries=100, keys=100, keep_recent=12, padded=True),
     "more keys than queries": Case(queries=30, keys=100),
-    "packed": Case(queries=90, keys=120, packed=((0, 30, 31, 90), (0, 50, 51, 120))),
+    "packed": Case(queries=140, keys=150, packed=((0, 7, 8, 140), (0, 10, 11, 150))),
     "shared, recent, not causal": Case(
         mode="shared", is_causal=False, keep_recent=6, queries=70, keys=50
     ),
@@ -271,9 +272,9 @@ PLANS = {
 @pytest.mark.parametrize("name", PLANS)
 def test_plan(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the kernels rely on: prefixes, and every use of a key listed in the order of epochs."""
-    # So small that a hundred keys go through coarse epochs and several pieces.
-    for constant, value in (("_COARSE", 32), ("_BLOCK", 16)):
-        monkeypatch.setattr(PLANNING, constant, value)
+    # So small that a hundred keys go through two levels of coarse epochs and several pieces.
+    for constant, value in (("_COARSE", 32), ("_LEVEL", 2), ("_BLOCK", 16), ("_PIECE", 32)):
+        monkeypatch.setattr(COLLECTING, constant, value)
     inputs = Inputs(PLANS[name])
     plan = inputs.plan()
     assert torch.equal(plan.to_dense(), inputs.visible().flatten(0, 1))

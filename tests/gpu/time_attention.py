@@ -1,11 +1,13 @@
 """Time the attention kernels on a GPU, and check that they are right before.
 
     PYTHONPATH=src python tests/gpu/time_attention.py [shape ...] [--patterns] [--baseline]
+        [--epochs L ...]
 
 Shapes are named below; default A and B. Times are milliseconds of device time: CUDA-graph replays
 with a cold L2, measured as a graph of flushes and calls less the same graph of flushes alone.
 Forward includes its copies and the log-sum-exp, backward everything that it launches.
-``--patterns`` times all patterns of scores, ``--baseline`` dense causal attention of PyTorch too.
+``--patterns`` times all patterns of scores, ``--baseline`` dense causal attention of PyTorch too,
+``--epochs`` plans with these lengths of epochs instead of the usual one.
 """
 
 from __future__ import annotations
@@ -37,11 +39,14 @@ class Shape:
     window: int
     mode: str = "causal"
 
-    @property
-    def visible_pairs(self) -> int:
-        """(head, query, key) triples of a causal selection that is always full."""
-        window = min(self.window, self.length)
-        return self.heads * (window * self.length - window * (window - 1) // 2)
+    def visible_pairs(self, selection: Any) -> int:
+        """(head, query, key) triples."""
+        if self.mode == "causal":  # always full
+            window = min(self.window, self.length)
+            return self.heads * (window * self.length - window * (window - 1) // 2)
+        key = torch.arange(self.length, device="cuda")
+        sees = (self.length - key) * (selection.expiry > key)
+        return self.heads // self.kv_heads * int(sees.sum())
 
 
 SHAPES = {
@@ -87,8 +92,9 @@ def device_time(function: Callable[[], Any], calls: int = 8, replays: int = 9) -
 class Pass:
     """The inputs of a shape and the stages of one training step."""
 
-    def __init__(self, shape: Shape, pattern: str):
+    def __init__(self, shape: Shape, pattern: str, epoch_len: int | None):
         self.shape = shape
+        self.epoch_len = epoch_len
         torch.manual_seed(0)
         length, dim = shape.length, shape.dim
         like = {"device": "cuda", "dtype": torch.bfloat16}
@@ -104,7 +110,7 @@ class Pass:
         return select_keys(self.scores, self.shape.window, mode=self.shape.mode)
 
     def plan(self, selection: Any) -> Any:
-        return build_plan(selection, self.shape.length, is_causal=True)
+        return build_plan(selection, self.shape.length, is_causal=True, epoch_len=self.epoch_len)
 
     def forward(self, plan: Any) -> Any:
         return forward(plan, self.query, self.key, self.value, self.call, with_norm=True)
@@ -210,15 +216,15 @@ def peak_memory(inputs: Pass) -> tuple[int, float]:
     return peak, peak / own
 
 
-def run(name: str, pattern: str, baseline: bool) -> None:
+def run(name: str, pattern: str, baseline: bool, epoch_len: int | None) -> None:
     """Print one row."""
     shape = SHAPES[name]
-    inputs = Pass(shape, pattern)
+    inputs = Pass(shape, pattern, epoch_len)
     times, error = stage_times(inputs, 1 if shape.length > 100_000 else 8)
-    useful = 4 * shape.dim * shape.visible_pairs / 1e9
+    useful = 4 * shape.dim * shape.visible_pairs(inputs.select()) / 1e9
     peak, ratio = peak_memory(inputs)
     print(
-        f"{name} | {pattern} | "
+        f"{name}{f' epochs {epoch_len}' if epoch_len else ''} | {pattern} | "
         + " | ".join(f"{stage} {time:.4f}" for stage, time in times.items())
         + f" | all {sum(times.values()):.3f}"
         f" | {useful / times['forward']:.0f} / {2.5 * useful / times['backward']:.0f} TFLOP/s"
@@ -235,10 +241,12 @@ def main() -> None:
     parser.add_argument("shapes", nargs="*", default=[], metavar="shape", help=", ".join(SHAPES))
     parser.add_argument("--patterns", action="store_true")
     parser.add_argument("--baseline", action="store_true")
+    parser.add_argument("--epochs", type=int, nargs="*", default=[None])
     arguments = parser.parse_args()
     for name in arguments.shapes or ("A", "B"):
         for pattern in PATTERNS if arguments.patterns else PATTERNS[:1]:
-            run(name, pattern, arguments.baseline)
+            for epoch_len in arguments.epochs:
+                run(name, pattern, arguments.baseline, epoch_len)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...plan import Plan
-from .collect import collect_kernel, pad_slots, sequence_of
+from .collect import collect, epoch_table, pad_slots, sequence_of
 from .layout import Layout
 from .tiles import count_prefix, epoch_bounds, row_and_rest
 
@@ -33,11 +33,7 @@ if TYPE_CHECKING:
     from ...varlen import PackedSequences
 
 _NO_KEY = tl.constexpr(-(2**63))
-_EPOCH_FIELDS = 8
-_COARSE = 1 << 15  # queries of a coarse epoch
 _RUN = 1024  # keys sorted by one program
-_BLOCK = 4096  # keys looked at together
-_PROGRAMS = 256  # programs of 16 warps that keep a GPU busy
 
 _SIZES = (
     "query_len",
@@ -49,37 +45,7 @@ _SIZES = (
     "keep_first",
     "num_runs",
     "num_bits",
-    "num_sequences",
 )
-
-
-@triton.jit(do_not_specialize=_SIZES)
-def _epochs_kernel(ptr_cu_q, ptr_cu_k, ptr_epochs, epoch_len, num_sequences):
-    """One program per epoch. Epoch ``m`` of sequence ``n`` has number ``cu_q[n] // L + n + m``."""
-    i_epoch = tl.program_id(0)
-    seq = 0
-    size = num_sequences
-    while size > 1:
-        half = size // 2
-        begin = tl.load(ptr_cu_q + seq + half) // epoch_len + seq + half
-        seq = tl.where(begin <= i_epoch, seq + half, seq)
-        size -= half
-    q_begin = tl.load(ptr_cu_q + seq)
-    q_end = tl.load(ptr_cu_q + seq + 1)
-    k_begin = tl.load(ptr_cu_k + seq)
-    num_keys = tl.load(ptr_cu_k + seq + 1) - k_begin
-    epoch_0 = q_begin // epoch_len + seq
-    first = q_begin + (i_epoch - epoch_0) * epoch_len
-    num = tl.maximum(tl.minimum(epoch_len, q_end - first), 0)
-    ptr = ptr_epochs + i_epoch * 8
-    tl.store(ptr, first)
-    tl.store(ptr + 1, num)
-    tl.store(ptr + 2, first - q_end + num_keys)
-    tl.store(ptr + 3, k_begin)
-    tl.store(ptr + 4, num_keys)
-    tl.store(ptr + 5, epoch_0)
-    tl.store(ptr + 6, seq)
-    tl.store(ptr + 7, 0)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -273,18 +239,6 @@ def _link_kernel(
             tl.store(ptr_use_slot + place, i_epoch * num_slots + slot, mask=offs < used)
 
 
-def _epoch_table(packed: PackedSequences, total_q: int, length: int) -> Tensor:
-    num_sequences = packed.cu_seqlens_q.numel() - 1
-    num_epochs = total_q // length + num_sequences
-    table = torch.empty(
-        num_epochs, _EPOCH_FIELDS, dtype=torch.int32, device=packed.cu_seqlens_q.device
-    )
-    _epochs_kernel[(num_epochs,)](
-        packed.cu_seqlens_q, packed.cu_seqlens_k, table, length, num_sequences
-    )
-    return table
-
-
 def build_plan(
     selection: KeySelection,
     query_len: int,
@@ -324,44 +278,13 @@ def build_plan(
     slot_key, slot_start, slot_expiry = ints(*slots), ints(*slots), ints(*slots)
     counts, visible = ints(rows, num_epochs, 2), ints(rows, query_len)
     entered, listed = ints(rows, query_len), ints(rows, num_epochs, old_slots)
-    coarse_list = coarse_counts = coarse_table = None
-    num_coarse = 0
-    table = None if packed is None else _epoch_table(packed, query_len, epoch_len)
+    table = None if packed is None else epoch_table(packed, query_len, epoch_len)
     facts = {"RANKED": ranked, "CAUSAL": is_causal, "PACKED": packed is not None}
     intervals = (selection.start, selection.expiry)
-    # Padding does not count among the recent keys.
-    mask = selection.key_mask.contiguous() if recent and selection.key_mask is not None else None
-    scan = {
-        "HEADS_KV": selection.start.shape[-2], "HAS_MASK": mask is not None,
-        "BLOCK": _BLOCK, "STAGES": 3, "num_warps": 16,
-    }  # fmt: skip
     sizes = (query_len, key_len)
-
-    if ranked and query_len > 2 * _COARSE > 2 * epoch_len:
-        num_coarse = triton.cdiv(query_len, _COARSE)
-        if packed is not None:
-            num_coarse = query_len // _COARSE + packed.cu_seqlens_q.numel() - 1
-            coarse_table = _epoch_table(packed, query_len, _COARSE)
-        coarse_list, coarse_counts = ints(rows, num_coarse, old_slots), ints(rows, num_coarse, 2)
-        collect_kernel[(rows * num_coarse,)](
-            *intervals, mask, None, None, coarse_table, coarse_list, None, None, None,
-            coarse_counts, None, *sizes, _COARSE, num_coarse, old_slots, num_slots, _COARSE, 0,
-            recent, key_len, 1, **facts, FROM_COARSE=False, ONLY_OLD=True, **scan,
-        )  # fmt: skip
-    # The keys that one epoch looks at; with padding the recent ones may reach back any distance.
-    reach = key_len if coarse_list is None or mask is not None else _COARSE
-    # Pieces share the wait where there are few epochs. Where there are many they only add work: at
-    # 8 x 16 epochs, 9 pieces took 0.041 ms and one 0.028.
-    old_pieces = 1
-    if mask is None:
-        old_pieces = max(1, min(triton.cdiv(reach, _BLOCK), _PROGRAMS // (rows * num_epochs)))
-    piece_len = triton.cdiv(triton.cdiv(reach, old_pieces), _BLOCK) * _BLOCK
-    num_pieces = old_pieces + 1
-    collect_kernel[(rows * num_epochs * num_pieces,)](
-        *intervals, mask, coarse_list, coarse_counts, table, listed, slot_key, slot_start,
-        slot_expiry, counts, entered, *sizes, epoch_len, num_epochs, old_slots, num_slots, _COARSE,
-        num_coarse, recent, piece_len, num_pieces, **facts, FROM_COARSE=coarse_list is not None,
-        ONLY_OLD=False, **scan,
+    collect(
+        selection, layout, packed, table, facts,
+        (listed, slot_key, slot_start, slot_expiry, counts, entered),
     )  # fmt: skip
 
     ordered, num_runs = None, triton.cdiv(old_slots, _RUN)
@@ -369,7 +292,7 @@ def build_plan(
         ordered = torch.empty(rows, num_epochs, num_runs, _RUN, dtype=torch.int64, device=device)
         _sort_kernel[(rows * num_epochs * num_runs,)](
             selection.score, listed, counts, table, ordered, key_len, num_epochs, old_slots,
-            selection.keep_first, num_runs, PACKED=packed is not None, RUN=_RUN, num_warps=8,
+            selection.keep_first, num_runs, PACKED=packed is not None, RUN=_RUN, num_warps=16,
         )  # fmt: skip
     _place_kernel[(rows * num_epochs,)](
         *intervals, listed, ordered, counts, table, slot_key, slot_start, slot_expiry, visible,
