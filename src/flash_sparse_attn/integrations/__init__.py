@@ -1,0 +1,1 @@
+"""This attention inside other libraries; the modules need those libraries to be installed."""

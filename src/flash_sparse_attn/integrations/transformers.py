@@ -1,0 +1,219 @@
+"""Transformers: attention by name, exact Doge, block lists, and dynamic masks for dense models.
+
+Supported: Transformers 5.17 and newer.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+try:
+    from transformers import AttentionInterface, AttentionMaskInterface
+except ImportError as error:
+    raise ImportError(
+        "flash_sparse_attn.integrations.transformers needs Transformers 5.17 or newer; "
+        "pip install 'dynamic-mask-attention[transformers]'"
+    ) from error
+
+from ..attention import flash_sparse_attn_func, flash_sparse_attn_varlen_func
+from ..intervals import KeySelection
+from ..selection import select_keys
+from . import doge
+from .block_sparse import block_sparse_attention
+from .doge import Model
+from .dynamic import DynamicMaskLayer, attend
+from .keywords import attention_options, packed_texts
+from .masks import make_mask
+
+__all__ = ["NAMES", "apply_to_doge", "register"]
+
+NAMES = ("fsa", "fsa_deterministic")
+"""The attention implementations; the second is bitwise repeatable, gradients included."""
+
+
+def register() -> None:
+    """Make ``attn_implementation="fsa"`` and ``"fsa_deterministic"`` known to Transformers.
+
+    Any model that goes through Transformers' attention interface can name them: padding, packed
+    rows, caches, sliding windows and `block_indices` work as with ``"eager"``, without a mask for
+    every query and key. What would change the result and is not supported raises. Calling it again
+    does no harm.
+    """
+    for name, deterministic in zip(NAMES, (None, True), strict=True):
+        AttentionInterface.register(name, partial(attention, deterministic=deterministic))
+        AttentionMaskInterface.register(name, make_mask)
+
+
+def apply_to_doge(model: Model) -> Model:
+    """Run a Doge model's attention exactly and in O(N W) time, in training and in `generate`.
+
+    The same scores (``exp(A * softplus(dt_proj(v)))``), selection and softmax as Doge in ``eager``.
+    Scores are computed in fp32; where two keys have equal scores the newer one is kept, while
+    `torch.topk` keeps any. Caches hold `keep_window_size` keys per layer. Parameters keep their
+    names, and a saved model loads as plain Doge: call this again after loading.
+
+    Args:
+        model: Any model with `DogeAttention` layers. It is changed in place.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: No Doge layer in it.
+        ValueError: `config.sliding_window` is set.
+    """
+    doge.replace_attention(model)
+    register()
+    model.set_attn_implementation(NAMES[0])
+    return model
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **keywords: Any,
+) -> tuple[Tensor, None]:
+    """The attention function as Transformers calls it.
+
+    Args:
+        module: The attention layer.
+        query: ``[B, H, Q, D]``.
+        key: ``[B, Hkv, K, D]``.
+        value: ``[B, Hkv, K, D]``.
+        attention_mask: What `masks.make_mask` returned, or an additive mask of the user's.
+        scaling: Factor of ``q k``; default ``D ** -0.5``.
+        dropout: Has to be 0.
+        **keywords: See `keywords`; `softcap`, `sliding_window`, `is_causal`, `block_indices`,
+            `cu_seq_lens_q` and `cu_seq_lens_k` are used.
+
+    Returns:
+        ``[B, Q, H, D]``, and None for the probabilities.
+
+    Raises:
+        ValueError: A keyword would change the result in a way that is not supported.
+    """
+    if type(module).__name__ == "DogeAttention":
+        raise TypeError(
+            "model: Doge makes its mask inside its attention layers, which would build it in full; "
+            "use apply_to_doge(model) in place of attn_implementation"
+        )
+    own = ("block_indices", "block_size", "dynamic_mask_inputs")
+    options = attention_options(module, scaling, dropout, keywords, *own)
+    causal = keywords.get("is_causal")
+    causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
+    # Rotary embeddings and norms may leave queries and keys in a higher precision than values.
+    query, key, value = (x.transpose(1, 2).to(value.dtype) for x in (query, key, value))
+
+    if (inputs := keywords.get("dynamic_mask_inputs")) is not None:
+        assert isinstance(module, DynamicMaskLayer)
+        hidden_states, window = inputs
+        inputs = (hidden_states, attention_mask, window, keywords)
+        return attend(module, query, key, value, *inputs, **options), None
+    if attention_mask is None and causal and query.shape[1] == key.shape[1]:
+        attention_mask = packed_texts(keywords)
+    newest = _sliding_window(module, key.shape[1], keywords) if causal else None
+    if attention_mask is not None and attention_mask.dim() == 1:
+        return _attend_packed(query, key, value, attention_mask, newest, options), None
+
+    key_mask = bias = None
+    visible: Tensor | KeySelection | None = None
+    if attention_mask is not None and attention_mask.dim() == 2:
+        key_mask = attention_mask.bool()
+        columns = key_mask.shape[1]  # keys behind them are unused memory of a cache
+        key, value, visible = key[:, :columns], value[:, :columns], key_mask[:, None, None]
+    elif attention_mask is not None:  # complete: causality, window, padding and all
+        causal, newest = False, None
+        attention_mask = attention_mask[..., : key.shape[1]]
+        if attention_mask.dtype == torch.bool:
+            visible = attention_mask
+        else:
+            bias = attention_mask
+
+    if (blocks := keywords.get("block_indices")) is not None:
+        if bias is not None or newest is not None:
+            raise ValueError(
+                "block_indices: expected neither an additive attention_mask nor a sliding window "
+                "with them; write them into the lists, or use a bool mask"
+            )
+        size = keywords.get("block_size") or _block_size(module)
+        options = {"visible": visible, "is_causal": causal, **options}
+        return block_sparse_attention(query, key, value, blocks, size, **options), None
+    if newest is not None:
+        visible = select_keys(_equal_scores(key), newest, key_mask=key_mask)
+    return flash_sparse_attn_func(
+        query, key, value, visible, bias, is_causal=causal, **options
+    ), None
+
+
+def _attend_packed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    borders: Tensor,
+    newest: int | None,
+    options: dict[str, Any],
+) -> Tensor:
+    """Causal attention within each packed text; the rows of ``[B, S, ...]`` lie one after another.
+
+    Texts have at most ``S`` tokens; to know better would be a wait for the GPU.
+    """
+    shape, longest = query.shape, query.shape[1]
+    query, key, value = (x.flatten(0, 1) for x in (query, key, value))
+    selection = None
+    if newest is not None:
+        selection = select_keys(_equal_scores(key[None])[0], newest, cu_seqlens=borders)
+    out = flash_sparse_attn_varlen_func(
+        query,
+        key,
+        value,
+        borders,
+        borders,
+        longest,
+        longest,
+        is_causal=True,
+        attn_mask=selection,
+        **options,
+    )
+    return out.view(shape)
+
+
+def _equal_scores(key: Tensor) -> Tensor:
+    """Scores ``[B, Hkv, K]`` of which the newest keys are the best."""
+    return torch.zeros(key.shape[0], key.shape[2], key.shape[1], device=key.device)
+
+
+def _sliding_window(module: nn.Module, key_len: int, keywords: dict[str, Any]) -> int | None:
+    """How many of the newest keys a query sees, ``None`` if all.
+
+    Raises:
+        ValueError: The configuration has a sliding window and the layer does not say if it is its.
+    """
+    window = keywords.get("sliding_window")
+    if window is not None:
+        return window if window < key_len else None
+    window = getattr(getattr(module, "config", None), "sliding_window", None)
+    if window is not None and "sliding_window" not in keywords and window < key_len:
+        raise ValueError(
+            f"sliding_window: {type(module).__name__} does not pass it, and its configuration has "
+            f"{window}; expected the keyword (None for layers without one), use 'eager'"
+        )
+    return None
+
+
+def _block_size(module: nn.Module) -> int:
+    size = getattr(getattr(module, "indexer", None), "block_size", None)
+    if size is None:
+        raise ValueError(
+            f"block_size: expected the keyword beside block_indices, or {type(module).__name__} "
+            "with indexer.block_size, got neither"
+        )
+    return size

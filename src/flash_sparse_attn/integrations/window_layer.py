@@ -1,0 +1,193 @@
+"""`WindowCache` as a layer of Transformers' caches: constant size, however long the text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
+
+from ..window_cache import WindowCache
+
+
+class WindowLayer(CacheLayerMixin):
+    """The survivors of one attention layer, of ``window_size + keep_first + keep_recent`` slots.
+
+    `update` returns the new keys and values alone; the attention reads the survivors from `window`.
+    Shapes never change, so that a compiled step serves every token.
+
+    Args:
+        window_size: Keys that a query sees by their scores.
+        keep_first: First tokens that stay visible, on top.
+        keep_recent: Newest tokens that are visible, on top.
+    """
+
+    is_compileable = True
+    is_croppable = False  # an evicted key is gone
+    supports_early_init = False
+    # Masks are made for the first layer that does not slide: for full layers where there are some.
+    is_sliding = True
+
+    def __init__(self, window_size: int, keep_first: int = 0, keep_recent: int = 0) -> None:
+        # Not the parent's: it would set `keys` and `values`, which are views of the window here.
+        self.sizes = (window_size, keep_first, keep_recent)
+        self.window: WindowCache | None = None
+        self.cumulative_length = torch.tensor(0)
+        self.is_initialized = False
+        self.is_empty = True
+
+    @property
+    def keys(self) -> Tensor | None:
+        """The survivors' keys ``[B, Hkv, C, D]``, in no order."""
+        return None if self.window is None else self.window.key
+
+    @property
+    def values(self) -> Tensor | None:
+        """The survivors' values."""
+        return None if self.window is None else self.window.value
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make the window for keys and values ``[B, Hkv, T, D]`` like these."""
+        if key_states.shape[-1] != value_states.shape[-1]:
+            raise ValueError(
+                f"value_states: expected head dimension {key_states.shape[-1]} as in key_states, "
+                f"got {value_states.shape[-1]}"
+            )
+        window_size, keep_first, keep_recent = self.sizes
+        batch, kv_heads, _, head_dim = key_states.shape
+        self.window = WindowCache(
+            batch,
+            kv_heads,
+            head_dim,
+            window_size,
+            keep_first=keep_first,
+            keep_recent=keep_recent,
+            dtype=value_states.dtype,
+            device=value_states.device,
+        )
+        self.cumulative_length = self.cumulative_length.to(value_states.device)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Count the new tokens and return their keys and values as they are."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.cumulative_length.add_(key_states.shape[-2])
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, Any]:
+        """Masks are for the new tokens: survivors are real tokens of the past, all of them."""
+        return query_length, self.get_seq_length()
+
+    def get_seq_length(self) -> Any:
+        """Tokens read, padding included: 0, or a tensor so that a compiled step serves them all."""
+        return self.cumulative_length if self.is_initialized else 0
+
+    def get_max_length(self) -> int:
+        """-1: a text may have any length."""
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens (negative, as Transformers counts them).
+
+        Raises:
+            ValueError: A key was evicted after the remaining ones, or rows have padding.
+        """
+        count = abs(int(tokens_to_remove))
+        if self.window is None or count == 0:
+            return
+        seen = self.window.seen_tokens
+        if bool((seen != self.cumulative_length).any()):
+            raise ValueError(
+                "tokens_to_remove: a window cannot be rolled back where rows have padding, got "
+                f"{tokens_to_remove}; generate without an assistant, or without padding"
+            )
+        length = int(self.cumulative_length) - count
+        self.window.crop(length)
+        self.cumulative_length.fill_(length)
+
+    def reset(self) -> None:
+        """Forget the text; the memory stays."""
+        if self.window is not None:
+            self.window.reset()
+        self.cumulative_length.zero_()
+        self.is_empty = True
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let row ``b`` continue what was row ``beam_idx[b]``."""
+        if self.window is not None:
+            self.window.reorder(beam_idx.to(self.window.key.device))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows only: integers, or a bool for each row."""
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero()[:, 0]
+        self.reorder_cache(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row."""
+        if self.window is not None:
+            rows = torch.arange(len(self.window.key), device=self.window.key.device)
+            self.reorder_cache(rows.repeat_interleave(repeats))
+
+    def offload(self) -> None:
+        """A window is small and stays where it is."""
+
+    def prefetch(self) -> None:
+        """See `offload`."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the window; they do not depend on the length of the text."""
+        return 0 if self.window is None else self.window.nbytes
+
+    def __repr__(self) -> str:
+        return f"WindowLayer({self.window if self.window is not None else self.sizes})"
+
+
+def window_layer(
+    cache: Cache | None, layer_idx: int, sizes: tuple[int, int, int]
+) -> WindowLayer | None:
+    """The window of a layer in the cache of a call; an empty full layer makes room for it.
+
+    Args:
+        cache: `past_key_values` of the call: a `DynamicCache`, a `StaticCache`, or one used before.
+        layer_idx: Number of the attention layer.
+        sizes: ``(window_size, keep_first, keep_recent)``.
+
+    Raises:
+        ValueError: The cache has keys without scores, or is of a kind that cannot hold a window.
+    """
+    if cache is None:
+        return None
+    if getattr(cache, "offloading", False):
+        raise ValueError(
+            "past_key_values: offloading is not needed with windows and not supported, got "
+            f"{type(cache).__name__}; use the default cache"
+        )
+    if (fresh := getattr(cache, "layer_class_to_replicate", None)) is not None:
+        while len(cache.layers) <= layer_idx:
+            cache.layers.append(fresh())
+    layer = cache.layers[layer_idx]
+    if isinstance(layer, WindowLayer):
+        if layer.sizes != sizes:
+            raise ValueError(
+                f"past_key_values: layer {layer_idx} expects (window_size, keep_first, "
+                f"keep_recent) = {sizes}, got a window of {layer.sizes}; it is another model's"
+            )
+        return layer
+    if type(layer) not in (DynamicLayer, StaticLayer):
+        raise ValueError(
+            f"past_key_values: expected a dynamic or static cache, got {type(layer).__name__} for "
+            f"layer {layer_idx}; leave cache_implementation at its default"
+        )
+    if int(layer.get_seq_length()):
+        raise ValueError(
+            f"past_key_values: layer {layer_idx} holds keys without scores, which a dynamic mask "
+            "cannot use; start with an empty cache"
+        )
+    cache.layers[layer_idx] = window = WindowLayer(*sizes)
+    return window

@@ -1,0 +1,273 @@
+"""Doge with `apply_to_doge` against Doge's eager attention: training, generation, caches."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tiny_models import (
+    assert_same_function,
+    greedy,
+    make,
+    padding,
+    softmax_in_fp64,
+    tokens,
+    transformers,
+    with_attention,
+)
+from torch import nn
+
+from flash_sparse_attn.integrations.transformers import apply_to_doge
+from flash_sparse_attn.integrations.window_layer import WindowLayer
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+WINDOW = 8
+
+
+def doge(**changes: object) -> nn.Module:
+    """Plain Doge in ``eager``, with scores that differ; those of a new model are all 1."""
+    model = make("Doge", keep_window_size=WINDOW, **changes)
+    for layer in model.model.layers:
+        layer.self_attn.A.data = torch.tensor([0.5, -0.7])
+        nn.init.normal_(layer.self_attn.dt_proj.weight, std=0.4)
+    return model
+
+
+def fast(model: nn.Module) -> nn.Module:
+    return apply_to_doge(copy.deepcopy(model))
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("kind", [None, "left", "right"])
+def test_logits_and_gradients(kind, use_cache):
+    model = doge()
+    results = assert_same_function(
+        fast(model), model, padding(kind, 2, 40), input_ids=tokens(2, 40), use_cache=use_cache
+    )
+    for name in ("A", "dt_proj.weight"):
+        assert results[f"model.layers.0.self_attn.{name}"].abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("window", [1, 40, 2048])
+def test_windows_of_one_key_and_of_all(window):
+    model = doge()
+    for layer in model.model.layers:
+        layer.self_attn.keep_window_size = window
+    assert_same_function(fast(model), model, input_ids=tokens(2, 40), use_cache=False)
+
+
+def test_projections_with_biases():
+    model = doge(attention_bias=True)
+    for layer in model.model.layers:
+        nn.init.normal_(layer.self_attn.dt_proj.bias)
+        nn.init.normal_(layer.self_attn.v_proj.bias)
+    assert_same_function(fast(model), model, input_ids=tokens(2, 40))
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize(
+    "options", [{}, {"prefill_chunk_size": 7}, {"num_beams": 3}, {"use_cache": False}], ids=str
+)
+def test_generation_token_by_token(options, cache):
+    if cache and "use_cache" in options:
+        pytest.skip("no cache to be static")
+    model, mask = doge(), padding("left", 2, 20)
+    # A token that comes again has the same score, and among equal ones torch.topk takes any.
+    options |= {"attention_mask": mask, "no_repeat_ngram_size": 1}
+    beams = {"num_beams": options.get("num_beams", 1)}
+    plain = {"attention_mask": mask, "no_repeat_ngram_size": 1, **beams}
+    expected, expected_logits = greedy(model, tokens(2, 20), 8, **plain)
+    found, logits = greedy(fast(model), tokens(2, 20), 8, cache_implementation=cache, **options)
+    assert torch.equal(found, expected)
+    torch.testing.assert_close(logits, expected_logits, rtol=1e-4, atol=1e-5)
+
+
+def test_assisted_generation():
+    """Guesses are rolled back, which a window can while nothing was evicted."""
+    model = fast(doge())
+    for layer in model.model.layers:
+        layer.self_attn.keep_window_size = 64
+    expected, _ = greedy(model, tokens(1, 20), 12)
+    found = model.generate(
+        tokens(1, 20), max_new_tokens=12, do_sample=False, prompt_lookup_num_tokens=3
+    )
+    assert torch.equal(found[:, 20:], expected)
+
+
+def test_caches_hold_the_window_however_long_the_text():
+    model = fast(doge())
+    cache = transformers.DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(tokens(2, 20), past_key_values=cache)
+        sizes = [layer.nbytes for layer in cache.layers]
+        for token in tokens(2, 60, seed=1).split(1, dim=1):
+            model(token, past_key_values=cache)
+    assert [layer.nbytes for layer in cache.layers] == sizes
+    assert all(isinstance(layer, WindowLayer) for layer in cache.layers)
+    assert all(layer.keys.shape == (2, 2, WINDOW, 16) for layer in cache.layers)
+    assert int(cache.get_seq_length()) == 80
+    cache.reset()
+    again = model(tokens(2, 20), past_key_values=cache).logits
+    torch.testing.assert_close(again, model(tokens(2, 20)).logits)
+
+
+def test_a_long_text_read_in_pieces_equals_the_whole():
+    model = fast(doge())
+    text = torch.randint(3, 300, (2, 150))  # repeated tokens: ties
+    cache = transformers.DynamicCache(config=model.config)
+    with torch.no_grad():
+        pieces = [model(part, past_key_values=cache).logits for part in text.split(11, dim=1)]
+        whole = model(text, use_cache=False).logits
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_equal_scores_are_a_sliding_window():
+    """At initialisation A is 0 and all scores are 1: the newer key wins."""
+    model = doge()
+    for layer in model.model.layers:
+        nn.init.zeros_(layer.self_attn.A)
+    ours = fast(model)
+    text = tokens(1, 40)
+    before = ours(text).logits
+    text[0, 5] = 3 + (text[0, 5] - 2) % 297
+    changed = (ours(text).logits != before).any(-1)[0]
+    reach = 5 + 2 * (WINDOW - 1)  # through two layers
+    assert changed[5 : reach + 1].all() and not changed[reach + 1 :].any()
+    assert not changed[:5].any()
+
+
+def test_no_token_sees_the_future():
+    model, text = fast(doge()), tokens(1, 40)
+    before = model(text).logits
+    text[0, 25] = 3 + (text[0, 25] - 2) % 297
+    after = model(text).logits
+    assert torch.equal(before[:, :25], after[:, :25])
+    assert not torch.equal(before[:, 25:], after[:, 25:])
+
+
+def test_dropped_keys_get_no_gradient():
+    """A key that no query sees, not even its own, gets none at all."""
+    model = fast(doge(num_hidden_layers=1))
+    attention = model.model.layers[0].self_attn
+    attention.keep_selection = True
+    embeddings = model.model.embed_tokens(tokens(1, 40)).detach().requires_grad_()
+    value_states = []
+
+    def remember(*call: object) -> None:
+        call[-1].retain_grad()
+        value_states.append(call[-1])
+
+    attention.v_proj.register_forward_hook(remember)
+    model(inputs_embeds=embeddings, use_cache=False).logits.square().sum().backward()
+    selection = attention.watched
+    never = (selection.expiry <= selection.start)[0]  # [Hkv, S]
+    grad = value_states[0].grad[0].unflatten(-1, (2, 16)).abs().sum(-1).T
+    assert never.any() and not grad[never].any()
+    assert (grad[~never] > 0).float().mean() > 0.5
+
+
+def test_gradient_checkpointing():
+    model = fast(doge()).train()
+    inputs = {"input_ids": tokens(2, 40), "labels": tokens(2, 40), "use_cache": False}
+    model(**inputs).loss.backward()
+    expected = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    model.gradient_checkpointing_enable()
+    model(**inputs).loss.backward()
+    for parameter, grad in zip(model.parameters(), expected, strict=True):
+        assert torch.equal(parameter.grad, grad)
+
+
+def test_packed_rows_equal_texts_on_their_own():
+    model = fast(doge())
+    texts = tokens(1, 70).split([20, 1, 37, 12], dim=1)
+    expected = torch.cat([model(text).logits for text in texts], dim=1)
+    position_ids = torch.cat([torch.arange(text.shape[1]) for text in texts])[None]
+    inputs = {"input_ids": torch.cat(texts, dim=1), "position_ids": position_ids}
+    found = model(**inputs, use_cache=False).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"packed texts cannot be continued.*use_cache=False"):
+        model(**inputs, use_cache=True)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_half_precision(autocast):
+    """Scores are computed in fp32 from fp32 or bf16 weights; the rest as in eager."""
+    model, inputs = doge(), {"input_ids": tokens(2, 40), "labels": tokens(2, 40)}
+    with softmax_in_fp64():
+        truth = copy.deepcopy(model).double()(**inputs).loss.item()
+    errors = []
+    for other in (model, fast(model)):
+        if not autocast:
+            other = other.bfloat16()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = other(**inputs).loss
+        loss.backward()
+        errors.append(abs(loss.item() - truth))
+    assert errors[1] <= 2 * errors[0] + 2e-2
+
+
+def test_compiled_steps_over_a_static_cache():
+    model = fast(doge())
+    text = tokens(2, 30)
+    cache = transformers.StaticCache(config=model.config, max_cache_len=64)
+    torch._dynamo.reset()
+    step = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        logits = [model(text[:, :20], past_key_values=cache).logits]
+        with torch._dynamo.config.patch(error_on_recompile=False):
+            for token in text[:, 20:24].split(1, dim=1):
+                logits.append(step(token, past_key_values=cache).logits)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for token in text[:, 24:].split(1, dim=1):
+                logits.append(step(token, past_key_values=cache).logits)
+        whole = model(text, use_cache=False).logits
+    torch.testing.assert_close(torch.cat(logits, dim=1), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_saved_models_load_as_plain_doge(tmp_path):
+    model = doge()
+    fast(model).save_pretrained(tmp_path)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    assert type(plain.model.layers[0].self_attn).__name__ == "DogeAttention"
+    expected = model(tokens(2, 20)).logits
+    assert torch.equal(plain(tokens(2, 20)).logits, expected)
+    torch.testing.assert_close(
+        apply_to_doge(plain)(tokens(2, 20)).logits, expected, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_what_cannot_be_done_is_refused():
+    with pytest.raises(TypeError, match="model: expected a Doge model, got LlamaForCausalLM"):
+        apply_to_doge(make("Llama"))
+    with pytest.raises(ValueError, match=r"sliding_window = None, got 16"):
+        apply_to_doge(make("Doge", sliding_window=16))
+    plain = doge()
+    with pytest.raises(TypeError, match=r"use apply_to_doge\(model\)"):
+        with_attention(plain, "fsa")(tokens(1, 20))
+    model = fast(plain)
+    with pytest.raises(ValueError, match="attention_mask: dynamic masks take padding"):
+        model(tokens(1, 20), attention_mask=torch.zeros(1, 1, 20, 20))
+    cache = transformers.DynamicCache(config=plain.config)
+    plain(tokens(1, 20), past_key_values=cache)
+    with pytest.raises(ValueError, match="layer 0 holds keys without scores"):
+        model(tokens(1, 1), past_key_values=cache)
+    model.train()
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.1
+    with pytest.raises(ValueError, match=r"attention_dropout = 0\.0"):
+        model(tokens(1, 20))
+
+
+def test_rolling_back_padded_rows_is_refused():
+    model = fast(doge())
+    cache = transformers.DynamicCache(config=model.config)
+    mask = padding("left", 2, 6)
+    model(tokens(2, 6), attention_mask=torch.ones_like(mask), past_key_values=cache)
+    cache.crop(-2)
+    assert int(cache.get_seq_length()) == 4
+    cache.reset()
+    model(tokens(2, 6), attention_mask=mask, past_key_values=cache)
+    with pytest.raises(ValueError, match="where rows have padding"):
+        cache.crop(-2)
