@@ -187,9 +187,27 @@ def test_fp32_runs_eager_with_one_warning_and_a_named_backend_refuses():
         attend(*floats)
 
 
-@pytest.mark.heavy
-def test_host_time_of_a_prepared_call():
-    query, key, value, scores = inputs(length=2048, requires_grad=False)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_repeated_launches_equal_the_first_call(dim):
+    """Calls without gradients repeat recorded launches: other tensors, strides, and a plan."""
+    for _ in range(3):
+        query, key, value, scores = inputs(length=700, dim=dim, requires_grad=False)
+        selection = prepare_selection(select_keys(scores, 100), for_backward=False)
+        bias = scores[:, :, None]
+        want = attend(query.requires_grad_(), key, value, scores, 100)
+        with torch.no_grad():
+            got = flash_sparse_attn_func(query, key, value, selection, bias)
+            turned = query.transpose(1, 2).contiguous().transpose(1, 2)
+            strided = flash_sparse_attn_func(turned, key, value, selection, bias)
+            shared = flash_sparse_attn_func(query, key, key, selection, bias)
+        assert torch.equal(got, want)
+        assert torch.equal(strided, want)
+        assert torch.equal(shared, attend(query, key, key, scores, 100))
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_host_time_of_a_prepared_call(dim):
+    query, key, value, scores = inputs(length=2048, dim=dim, requires_grad=False)
     selection = prepare_selection(select_keys(scores, 256), for_backward=False)
     bias = scores[:, :, None]
 
@@ -197,11 +215,12 @@ def test_host_time_of_a_prepared_call():
         return flash_sparse_attn_func(query, key, value, selection, bias)
 
     times = []
-    for _ in range(5):
+    for _ in range(12):
         torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(100):
             call()
         times.append((time.perf_counter() - start) / 100)
     print(f"host time {min(times) * 1e6:.1f} us a call")
-    assert min(times) < 150e-6
+    # 40 are asked for; a busy or slow machine takes longer.
+    assert min(times) < 60e-6

@@ -185,7 +185,7 @@ class _Recording:
     """
 
     launches: list[_Launch]
-    results: list[tuple[torch.Size, tuple[int, ...], torch.dtype] | None]
+    results: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype] | None]
     scratch: list[int]
     scratch_bytes: int
 
@@ -195,8 +195,9 @@ class _Recording:
         table = [*addresses, *[0 if result is None else result.data_ptr() for result in results]]
         if self.scratch:
             # Freed on return: the allocator gives it to later work of the same stream only.
-            scratch = _empty((self.scratch_bytes,), (1,), torch.uint8, device).data_ptr()
-            table += [scratch + offset for offset in self.scratch]
+            scratch = _empty((self.scratch_bytes,), (1,), torch.uint8, device)
+            base = scratch.data_ptr()
+            table += [base + offset for offset in self.scratch]
         stream = torch._C._cuda_getCurrentRawStream(device.index)
         for one in self.launches:
             arguments = one.arguments.copy()
@@ -254,7 +255,7 @@ class _Recorder(TorchDispatchMode):
         if not self._is_repeatable:
             return None
         result_facts = [
-            None if one is None else (one.shape, one.stride(), one.dtype) for one in results
+            None if one is None else (tuple(one.shape), one.stride(), one.dtype) for one in results
         ]
         numbers = {address: i for i, address in enumerate(self._given) if address}
         numbers |= {

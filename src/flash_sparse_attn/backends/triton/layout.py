@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .config import SLOT_ALIGN, epoch_length
+from .config import MANY_EPOCHS, MAX_EPOCH, SLOT_ALIGN, epoch_length
 
 _FIXED_EPOCHS = 4  # epochs of a selection whose keys never leave
 _MIN_EPOCH = 16
@@ -53,6 +53,9 @@ class Layout:
             kept = min(key_len, window_size + keep_first + (0 if ranked else keep_recent))
         if epoch_len is None:
             epoch_len = epoch_length(kept, keep_recent)
+            most = min(max(2 * epoch_len, 1024), MAX_EPOCH)
+            while ranked and epoch_len < most and query_len >= MANY_EPOCHS * epoch_len:
+                epoch_len *= 2
             if not ranked and not keep_recent:
                 while epoch_len * _FIXED_EPOCHS < query_len:
                     epoch_len *= 2
