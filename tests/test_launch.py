@@ -65,7 +65,6 @@ class FakeKernel:
 def kernel(monkeypatch):
     monkeypatch.setattr(launching, "_recordings", {})
     monkeypatch.setattr(launching, "_can_repeat", lambda: True)
-    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
     return FakeKernel()
 

@@ -54,14 +54,14 @@ def repeat(
         key: Everything that decides about the launches but the addresses: shapes, strides, dtypes,
             alignments, options.
         addresses: Of all tensors that the launches read and that exist before; 0 for none.
-        device: Where they are.
+        device: Where they are: the current one.
         run: Starts kernels through `launch`, and apart from that only allocates tensors. What it
             returns are such tensors, or ``None``.
     """
     recording = _recordings.get(key, _UNKNOWN)
     if recording is _UNKNOWN:
         return _record(key, addresses, run)
-    if recording is None or device.index != torch._C._cuda_getDevice() or _is_profiled():
+    if recording is None or _is_profiled():
         return run()
     return recording.start(addresses, device)
 

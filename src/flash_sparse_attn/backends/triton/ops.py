@@ -6,6 +6,8 @@ imported when an operator runs, so that importing the package needs no GPU and n
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,6 +40,20 @@ _library.define(
 )
 
 
+def on_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with the device of its first tensor as the current one, where Triton launches."""
+
+    @functools.wraps(function)
+    def run(first: Tensor, *args: Any, **options: Any) -> Any:
+        if first.device.index == torch._C._cuda_getDevice():
+            return function(first, *args, **options)
+        with torch.cuda.device(first.device):
+            return function(first, *args, **options)
+
+    return run
+
+
+@on_device
 def _select(
     score: Tensor,
     window_size: int,
@@ -60,6 +76,7 @@ def _select(
     )
 
 
+@on_device
 def _plan(
     start: Tensor,
     expiry: Tensor,
@@ -88,6 +105,7 @@ def _plan(
     ).tensors()
 
 
+@on_device
 def _forward(
     query: Tensor,
     key: Tensor,
@@ -110,6 +128,7 @@ def _forward(
     return out, lse, norm
 
 
+@on_device
 def _backward(
     grad_out: Tensor,
     query: Tensor,
@@ -301,13 +320,20 @@ def attention(
     if not query.stride(-1) == key.stride(-1) == value.stride(-1) == 1:
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     if not (problem.requires_grad or _traced(query)):
-        from .inference import infer
-
-        return infer(problem, query, key, value, bias, ready)
+        return _infer(query, key, value, bias, problem, ready)
     call = (problem.softmax_scale, problem.softcap, ready.clamps_positions, list(ready.sizes))
     operator = torch.ops.flash_sparse_attn.forward
     out, lse, _ = operator(query, key, value, bias, ready.tensors(), *call)
     return out, lse
+
+
+@on_device
+def _infer(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, problem: Problem, plan: Plan
+) -> tuple[Tensor, Tensor]:
+    from .inference import infer
+
+    return infer(problem, query, key, value, bias, plan)
 
 
 def _traced(tensor: Tensor) -> bool:
