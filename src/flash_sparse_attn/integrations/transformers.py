@@ -5,14 +5,16 @@ Supported: Transformers 5.17 and newer.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 try:
-    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 except ImportError as error:
     raise ImportError(
         "flash_sparse_attn.integrations.transformers needs Transformers 5.17 or newer; "
@@ -22,17 +24,26 @@ except ImportError as error:
 from ..attention import flash_sparse_attn_func, flash_sparse_attn_varlen_func
 from ..intervals import KeySelection
 from ..selection import select_keys
+from . import convert as conversion
 from . import doge
 from .block_sparse import block_sparse_attention
 from .doge import Model
 from .dynamic import DynamicMaskLayer, attend
 from .keywords import attention_options, packed_texts
 from .masks import make_mask
+from .monitor import SelectionMonitor
+from .names import NAMES
+from .window_layer import WindowLayer
 
-__all__ = ["NAMES", "apply_to_doge", "register"]
-
-NAMES = ("fsa", "fsa_deterministic")
-"""The attention implementations; the second is bitwise repeatable, gradients included."""
+__all__ = [
+    "NAMES",
+    "SelectionMonitor",
+    "WindowLayer",
+    "apply_to_doge",
+    "convert",
+    "load_converted",
+    "register",
+]
 
 
 def register() -> None:
@@ -69,6 +80,56 @@ def apply_to_doge(model: Model) -> Model:
     doge.replace_attention(model)
     register()
     model.set_attn_implementation(NAMES[0])
+    return model
+
+
+def convert(
+    model: Model,
+    window_size: int | Sequence[int | None],
+    *,
+    keep_recent: int = 0,
+    keep_first: int = 0,
+) -> Model:
+    """Give a dense causal model dynamic masks, to continue its training sparsely.
+
+    Every converted layer keeps its projections and gets the score ``A * softplus(dt_proj(v))`` for
+    every key, with ``A = 0``: equal scores keep the newest keys, so that before training it is
+    a sliding window of `window_size` (or `keep_recent`, if that is more) keys behind `keep_first`
+    sinks. Caches of converted layers have constant size.
+
+    Args:
+        model: With separate projections, as Llama, Qwen and Mistral without sliding windows. It is
+            changed in place, and its configuration notes how.
+        window_size: Keys that a query sees by their scores; for all layers, or one for each, with
+            None for layers that stay dense.
+        keep_recent: Newest keys that a query sees besides.
+        keep_first: First keys of a text that a query sees besides.
+
+    Returns:
+        The same model. `save_pretrained` saves it, `load_converted` loads it.
+
+    Raises:
+        TypeError, ValueError: The model has no such layers, or an argument does not fit.
+    """
+    conversion.add_dynamic_masks(model, window_size, keep_recent, keep_first)
+    register()
+    model.set_attn_implementation(NAMES[0])
+    return model
+
+
+def load_converted(path: str | Path, **options: Any) -> PreTrainedModel:
+    """Load a model that `convert` changed and `save_pretrained` saved.
+
+    Args:
+        path: A folder or the name of a repository, with safetensors files.
+        **options: Of `AutoModelForCausalLM.from_pretrained`.
+
+    Raises:
+        ValueError: It is no converted model.
+    """
+    model, settings = conversion.load_dense(path, **options)
+    convert(model, **settings)
+    conversion.load_added(model, path)
     return model
 
 
