@@ -11,9 +11,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flash_sparse_attn import __main__, info, select_keys
+from flash_sparse_attn import __main__, dispatch, info, select_keys
 from flash_sparse_attn.bench import cli, console, measure, providers, store, yardsticks
-from flash_sparse_attn.bench.cases import CASES, PATTERNS, Case, make_inputs, make_scores
+from flash_sparse_attn.bench.cases import (
+    CASES,
+    MASKS,
+    PATTERNS,
+    Case,
+    make_inputs,
+    make_scores,
+    mask_elements,
+)
 from flash_sparse_attn.bench.providers import PROVIDERS, WrongResult, verify
 
 SMOKE = CASES["cpu-smoke"]
@@ -117,6 +125,59 @@ def test_a_wrong_selection_is_refused(monkeypatch):
     )
     with pytest.raises(WrongResult, match="visible pairs differ"):
         verify(case, "ours")
+
+
+MASKED = replace(TINY, mask="pairs", providers=("ours",))
+
+
+@pytest.mark.parametrize("bias", ["keys", "pairs"])
+@pytest.mark.parametrize("kind", MASKS)
+def test_bool_masks_and_biases_pass_the_error_rule_on_every_side(kind, bias):
+    case = replace(MASKED, mask=kind, bias=bias)
+    inputs = make_inputs(case)
+    assert inputs.mask.numel() == mask_elements(case)
+    assert inputs.bias.shape == (1, 2, 1 if bias == "keys" else 48, 48)
+    for name in ("ours", "sdpa-masked", "sdpa-additive", "reference"):
+        errors = verify(case, name)
+        assert ("scores" in errors) is PROVIDERS[name].trains_bias
+        assert max(errors.values()) < 1e-4
+
+
+def test_one_query_forward_only():
+    case = replace(MASKED, what="forward", query_length=1)
+    assert make_inputs(case).mask.shape == (1, 2, 1, 48)
+    assert case.pairs() == 4 * 12 and case.pairs(dense=True) == 4 * 48
+    assert case.flops() == 4 * case.head_dim * case.pairs()
+    for name in ("ours", "ours-flex", "sdpa-masked", "sdpa-additive", "sdpa-causal"):
+        if name != "ours-flex" or not dispatch.explain_backends()["flex"]:
+            assert set(verify(case, name)) == {"out"}
+    found = measure.measure(case, PROVIDERS["ours"], 2, warmup=2, seed=3)
+    assert set(found["seconds"]) == {"selection", "forward", "total"}
+    assert set(found["timing"].values()) == {"calls"}
+
+
+def test_the_visible_pairs_of_a_mask_are_counted_with_causality():
+    case = replace(MASKED, mask="keys")
+    found = measure.measure(case, PROVIDERS["ours"], 1)
+    inputs = make_inputs(case)
+    causal = torch.ones(48, 48, dtype=torch.bool).tril()
+    assert found["visible_pairs"] == 2 * int((inputs.mask & causal).sum())
+    assert found["mask_seconds"] > 0
+    full = measure.measure(MASKED, PROVIDERS["ours"], 1)
+    assert full["visible_pairs"] == MASKED.pairs()
+
+
+def test_the_mask_of_every_query_is_the_selection():
+    case = replace(MASKED, query_length=17)
+    inputs = make_inputs(case)
+    scores = make_scores(case, torch.Generator().manual_seed(0))
+    assert torch.equal(inputs.mask, providers.window_mask(scores, 12)[:, :, -17:])
+    verify(case, "ours")
+
+
+def test_a_selection_alone_has_no_other_part():
+    found = measure.measure(replace(TINY, what="selection"), PROVIDERS["ours"], 2)
+    assert set(found["seconds"]) == {"selection", "total"}
 
 
 def test_measurement_in_a_process_of_its_own():

@@ -7,22 +7,29 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..selection import select_keys
+
 PATTERNS = ("random", "equal", "ascending", "descending", "values95")
 GPU_PATTERNS = (*PATTERNS, "two-level", "ar1", "trend-up", "trend-down")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One problem: causal dynamic mask attention, or its selection alone.
+    """One problem: attention under a mask with a bias, or the selection alone.
 
     Attributes:
         name: Unique name on the command line and in rows.
-        what: ``"attention"`` (selection, forward, all gradients) or ``"selection"``.
+        what: ``"attention"`` (selection, forward, all gradients), ``"forward"`` (without
+            gradients) or ``"selection"``.
         batch, heads, kv_heads, length, head_dim, window: B, H, Hkv, N, D, W.
         pattern: How the scores are drawn, one of `GPU_PATTERNS`.
         dtype: dtype of query, key and value; scores are fp32.
         device: ``"cpu"`` or ``"cuda"``.
         providers: What is measured; the first is ours, the others are its baselines.
+        query_length: Q, the last positions of the sequence; 0 stands for N.
+        mask: ``"selection"``: the W best keys of the past, from the scores. Or a bool tensor that
+            is an input of all sides, one of `MASKS`.
+        bias: ``"keys"``, one number per key and KV head, or ``"pairs"``, per query as well.
     """
 
     name: str
@@ -37,12 +44,21 @@ class Case:
     dtype: str = "float32"
     device: str = "cpu"
     providers: tuple[str, ...] = ("ours",)
+    query_length: int = 0
+    mask: str = "selection"
+    bias: str = "keys"
+
+    @property
+    def queries(self) -> int:
+        """Q."""
+        return self.query_length or self.length
 
     @property
     def shape(self) -> str:
         """The sizes in one word."""
-        sizes = f"B{self.batch} H{self.heads} Hkv{self.kv_heads} N{self.length} D{self.head_dim}"
-        return f"{sizes} W{self.window}"
+        queries = f" Q{self.query_length}" if self.query_length else ""
+        sizes = f"B{self.batch} H{self.heads} Hkv{self.kv_heads}{queries} N{self.length}"
+        return f"{sizes} D{self.head_dim} W{self.window}"
 
     def pairs(self, dense: bool = False) -> int:
         """Visible (head, query, key) triples: ``min(t + 1, W)`` keys at position ``t``.
@@ -50,13 +66,24 @@ class Case:
         Args:
             dense: Count all causal keys instead.
         """
-        seen = self.length if dense else min(self.window, self.length)
-        full_rows = self.length - seen
-        return self.batch * self.heads * (seen * (seen + 1) // 2 + full_rows * seen)
+        most = self.length if dense else min(self.window, self.length)
 
-    def flops(self, dense: bool = False) -> int:
-        """Useful operations: ``4 D`` for each visible triple, and 2.5 times that backward."""
-        return 0 if self.what == "selection" else 14 * self.head_dim * self.pairs(dense)
+        def seen(positions: int) -> int:
+            short = min(most, positions)
+            return short * (short + 1) // 2 + (positions - short) * most
+
+        rows = seen(self.length) - seen(self.length - self.queries)
+        return self.batch * self.heads * rows
+
+    def flops(self, dense: bool = False, pairs: int | None = None) -> int:
+        """Useful operations: ``4 D`` for each visible triple, and 2.5 times that backward.
+
+        Args:
+            dense: As in `pairs`.
+            pairs: The number of visible triples where the mask is not a selection of W keys.
+        """
+        each = {"selection": 0, "forward": 4, "attention": 14}[self.what] * self.head_dim
+        return each * (self.pairs(dense) if dense or pairs is None else pairs)
 
     def min_bytes(self) -> int:
         """Least traffic: in every pass each input is read and each result written once."""
@@ -64,12 +91,17 @@ class Case:
         if self.what == "selection":
             return 3 * scores
         item = getattr(torch, self.dtype).itemsize
-        query = item * self.batch * self.heads * self.length * self.head_dim
+        query = item * self.batch * self.heads * self.queries * self.head_dim
         key = item * self.batch * self.kv_heads * self.length * self.head_dim
-        lse = 4 * self.batch * self.heads * self.length
-        forward = 2 * query + 2 * key + scores + lse
-        backward = 4 * query + 4 * key + 2 * scores + lse
-        return 3 * scores + forward + backward
+        lse = 4 * self.batch * self.heads * self.queries
+        given = 3 * scores
+        bias = scores
+        if self.mask != "selection":
+            given = mask_elements(self)  # one byte each
+            bias = item * scores // 4 * (self.queries if self.bias == "pairs" else 1)
+        forward = 2 * query + 2 * key + bias + lse
+        backward = 4 * query + 4 * key + 2 * bias + lse
+        return given + forward + (backward if self.what == "attention" else 0)
 
     def reduced(self) -> Case:
         """The same problem, short enough for the dense reference in fp64."""
@@ -81,7 +113,8 @@ class Case:
 class Inputs:
     """The tensors of a case.
 
-    ``query``, ``grad_out [B, N, H, D]``; ``key``, ``value [B, N, Hkv, D]``; ``scores [B, Hkv, N]``.
+    ``query``, ``grad_out [B, Q, H, D]``; ``key``, ``value [B, N, Hkv, D]``; ``scores``, which the
+    bias is, ``[B, Hkv, N]`` or ``[B, Hkv, Q, N]``; ``mask`` bool and 4-D where it is an input.
     """
 
     query: Tensor
@@ -89,6 +122,13 @@ class Inputs:
     value: Tensor
     scores: Tensor
     grad_out: Tensor
+    mask: Tensor | None = None
+    is_causal: bool = True
+
+    @property
+    def bias(self) -> Tensor:
+        """``[B, Hkv, {1|Q}, N]``."""
+        return self.scores[:, :, None] if self.scores.dim() == 3 else self.scores
 
     def leaves(self) -> list[Tensor]:
         """The tensors that require gradients, in the order of `GRADIENTS`."""
@@ -103,20 +143,75 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
     generator = torch.Generator(case.device).manual_seed(seed)
     dtype = getattr(torch, case.dtype)
 
-    def draw(heads: int) -> Tensor:
-        shape = (case.batch, case.length, heads, case.head_dim)
+    def draw(heads: int, length: int) -> Tensor:
+        shape = (case.batch, length, heads, case.head_dim)
         tensor = torch.empty(shape, device=case.device, dtype=dtype)
         return tensor.normal_(generator=generator)
 
     scores = make_scores(case, generator)
     if case.what == "selection":
-        empty = torch.empty(0)
+        empty = torch.zeros(case.batch, case.length, 1, 0, requires_grad=True)
         return Inputs(empty, empty, empty, scores, empty)
-    query, key, value = draw(case.heads), draw(case.kv_heads), draw(case.kv_heads)
-    inputs = Inputs(query, key, value, scores, draw(case.heads))
+    query = draw(case.heads, case.queries)
+    key, value = (draw(case.kv_heads, case.length) for _ in range(2))
+    mask = None
+    if case.mask != "selection":
+        mask = make_mask(case, scores)
+        scores = scores.to(dtype)
+        if case.bias == "pairs":
+            full = (case.batch, case.kv_heads, case.queries, case.length)
+            scores = torch.randn(full, generator=generator, device=case.device, dtype=dtype)
+    grad_out = draw(case.heads, case.queries)
+    inputs = Inputs(query, key, value, scores, grad_out, mask, case.mask != "prefix")
     for leaf in inputs.leaves():
-        leaf.requires_grad_()
+        leaf.requires_grad_(case.what == "attention")
     return inputs
+
+
+MASKS = ("pairs", "keys", "sliding", "documents", "prefix", "blocks", "independent")
+"""Masks given as bool tensors; calls are causal besides, but for ``prefix``.
+
+``pairs``: the W best keys of the past of every query, by the scores, ``[B, Hkv, Q, N]``; ``keys``:
+the W best of all keys, ``[B, Hkv, 1, N]``. Of shape ``[1, 1, Q, N]``: ``sliding``, the W newest;
+``documents``, those of the same W tokens; ``prefix``, the first W and the past; ``blocks``, the own
+and random blocks of 64 x 64, W of N; ``independent``, every pair with probability W / N.
+"""
+
+
+def make_mask(case: Case, scores: Tensor) -> Tensor:
+    """The bool mask of a case whose mask is an input."""
+    if case.mask == "keys":
+        return select_keys(scores, case.window, mode="shared").to_dense(1, is_causal=False)
+    if case.mask == "pairs":
+        return select_keys(scores, case.window).to_dense(case.queries)
+    key = torch.arange(case.length, device=scores.device)
+    position = key[-case.queries :, None]
+    causal = key <= position
+    if case.mask == "sliding":
+        seen = causal & (key > position - case.window)
+    elif case.mask == "documents":
+        seen = causal & (key // case.window == position // case.window)
+    elif case.mask == "prefix":
+        seen = causal | (key < case.window)
+    else:
+        generator = torch.Generator(scores.device).manual_seed(1)
+        block = 64 if case.mask == "blocks" else 1
+        rows, columns = -(-case.queries // block), -(-case.length // block)
+        drawn = torch.rand(rows, columns, generator=generator, device=scores.device)
+        drawn = drawn < case.window / case.length
+        if block > 1:
+            drawn = drawn.repeat_interleave(block, 0)[: case.queries]
+            drawn = drawn.repeat_interleave(block, 1)[:, : case.length]
+        seen = causal & (drawn | (key // block == position // block))
+    return seen[None, None]
+
+
+def mask_elements(case: Case) -> int:
+    """Elements of the bool mask of a case, 0 if there is none."""
+    if case.mask == "selection":
+        return 0
+    heads = case.batch * case.kv_heads if case.mask in ("pairs", "keys") else 1
+    return heads * case.length * (1 if case.mask == "keys" else case.queries)
 
 
 def make_scores(case: Case, generator: torch.Generator) -> Tensor:

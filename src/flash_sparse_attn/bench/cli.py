@@ -84,7 +84,7 @@ def _run(arguments: argparse.Namespace) -> int:
                 if arguments.out:
                     append_rows(arguments.out, [result])
             bar.update(f"{case.name} {name}")
-    print(_report(rows, remarks, facts))
+    print(report(rows, remarks, facts))
     return 1 if remarks or not all(verdict.holds for verdict in verdicts(rows)) else 0
 
 
@@ -114,7 +114,8 @@ def _one(case: Case, name: str, repeats: int, facts: Row) -> Row | str:
     return make_row(case, name, measured, errors, facts)
 
 
-def _report(rows: list[Row], remarks: list[str], facts: dict[str, Row]) -> str:
+def report(rows: list[Row], remarks: list[str], facts: dict[str, Row]) -> str:
+    """Tables and verdicts of the rows of one run, and what else there is to say."""
     lines = []
     for device, shared in facts.items():
         machine = ", ".join(f"{key} {value}" for key, value in shared["hardware"].items())
@@ -123,9 +124,19 @@ def _report(rows: list[Row], remarks: list[str], facts: dict[str, Row]) -> str:
     lines.append(table(_COLUMNS, [_cells(row) for row in rows]))
     lines += [
         "",
-        "Medians; the total includes selection or mask building. Memory is the peak above the",
-        "inputs. The error is the largest of output and gradients against fp64 at reduced length.",
+        "Medians; the total includes selection, plan and mask building. Memory is the peak above",
+        "the inputs. The error is the largest of output and gradients against fp64, at reduced",
+        "length.",
     ]
+    if any("mask_seconds" in row for row in rows):
+        lines += [
+            "mask: making the bool mask from the scores, for all sides and in no total. What a",
+            "side makes of it is in its selection; ours plans in the call, in its forward.",
+        ]
+    if called := sorted({row["provider"] for row in rows if _is_called(row)}):
+        lines.append(
+            f"Timed as calls, host time included, as they cannot be captured: {', '.join(called)}."
+        )
     if note := busy_note(rows):
         lines += ["", note]
     found = verdicts(rows)
@@ -139,6 +150,7 @@ def _report(rows: list[Row], remarks: list[str], facts: dict[str, Row]) -> str:
 _COLUMNS = (
     "case",
     "provider",
+    "mask",
     "selection",
     "forward",
     "backward",
@@ -151,11 +163,17 @@ _COLUMNS = (
 _PARTS = ("selection", "forward", "backward", "total")
 
 
+def _is_called(row: Row) -> bool:
+    """Whether a part on a GPU was timed as a call and not as a replay."""
+    return row["hardware"]["device"] == "cuda" and "calls" in row.get("timing", {}).values()
+
+
 def _cells(row: Row) -> list[str]:
     seconds, (fastest, slowest) = row["seconds"], row["spread"]
     return [
         row["case"],
         row["provider"],
+        format_seconds(row.get("mask_seconds")),
         *(format_seconds(seconds.get(part)) for part in _PARTS),
         f"{format_seconds(fastest)} .. {format_seconds(slowest)}",
         f"{row['repeats']}{'' if row['warm'] else ' (cold)'}",

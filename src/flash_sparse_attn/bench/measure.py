@@ -16,16 +16,22 @@ from typing import Any
 
 import torch
 
-from .cases import Case, Inputs, make_inputs
-from .providers import PROVIDERS, Provider
+from .cases import Case, Inputs, make_inputs, make_mask
+from .providers import PROVIDERS, Provider, visible_pairs
 
 _COLD_CACHE_FLOATS = 64 << 20
 _SLOW_SECONDS = 20.0
 _BUSY = 0.1
+_REPLAYS = "graph replays"
 
 
 def measure_isolated(
-    case: Case, provider: str, repeats: int = 5, budget_seconds: float = 10.0
+    case: Case,
+    provider: str,
+    repeats: int = 5,
+    budget_seconds: float = 10.0,
+    warmup: int = 1,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Measure in a fresh process, so that peak memory is this provider's alone.
 
@@ -34,17 +40,22 @@ def measure_isolated(
         provider: Name in `PROVIDERS`.
         repeats: Measured repetitions at most.
         budget_seconds: No new repetition is started after this time.
+        warmup: Runs before the measured ones, at least 1.
+        seed: Of the inputs.
 
     Returns:
-        ``seconds`` (medians of selection, forward, backward and total), ``spread`` (fastest and
-        slowest total), ``repeats``, ``warm`` (False if the only run was the first one),
-        ``peak_bytes`` above the inputs and on CPUs ``other_load``, the part of the processors
-        that other processes used meanwhile (``None`` where the system does not tell).
+        ``seconds`` (medians of selection, forward, backward and total, as far as the case and the
+        provider have them), ``spread`` (fastest and slowest total), ``repeats``, ``warm`` (False if
+        the only run was the first one), ``timing`` (how each part was timed), ``peak_bytes`` above
+        the inputs; where the mask is an input, ``mask_seconds``, which are nobody's and in no
+        total, and ``visible_pairs``; on CPUs ``other_load``, the part of the processors that other
+        processes used meanwhile (``None`` where the system does not tell).
 
     Raises:
         RuntimeError: The process failed; the message holds the end of its error output.
     """
-    job = {"case": asdict(case), "provider": provider, "repeats": repeats, "budget": budget_seconds}
+    options = {"budget_seconds": budget_seconds, "warmup": warmup, "seed": seed}
+    job = {"case": asdict(case), "provider": provider, "repeats": repeats, "options": options}
     # The process finds this package even if only `sys.path` of this one leads to it.
     paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
@@ -61,16 +72,29 @@ def measure_isolated(
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(case: Case, provider: Provider, repeats: int, budget_seconds: float) -> dict[str, Any]:
+def measure(
+    case: Case,
+    provider: Provider,
+    repeats: int,
+    budget_seconds: float = 10.0,
+    warmup: int = 1,
+    seed: int = 0,
+) -> dict[str, Any]:
     """Measure in this process; see `measure_isolated`."""
     # Lazy modules, thread pools and libraries are loaded before memory and time are looked at.
     clock = _Clock(case.device)
-    small = replace(case, length=min(case.length, 256), window=min(case.window, 64))
+    small = replace(
+        case,
+        length=min(case.length, 256),
+        window=min(case.window, 64),
+        query_length=min(case.query_length, 256),
+    )
     _run(small, provider, make_inputs(small), clock)
 
+    inputs = make_inputs(case, seed)
+    about_mask = {} if inputs.mask is None else _about_mask(case, inputs, clock)
     if case.device == "cuda":
-        return _measure_graphs(case, provider, repeats)
-    inputs = make_inputs(case)
+        return _measure_graphs(case, provider, inputs, repeats, warmup) | about_mask
     others = _OtherLoad()
     memory = _PeakMemory(case.device)
     first = _run(case, provider, inputs, clock)
@@ -78,16 +102,18 @@ def measure(case: Case, provider: Provider, repeats: int, budget_seconds: float)
     runs: list[dict[str, float]] = []
     begin = time.perf_counter()
     if first["total"] < _SLOW_SECONDS:
+        for _ in range(warmup - 1):
+            _run(case, provider, inputs, clock)
         while len(runs) < repeats and time.perf_counter() - begin < budget_seconds:
             runs.append(_run(case, provider, inputs, clock))
     timed = runs or [first]
     return {
-        "seconds": {part: statistics.median(run[part] for run in timed) for part in first},
-        "spread": [min(run["total"] for run in timed), max(run["total"] for run in timed)],
-        "repeats": len(timed),
+        **_summary(timed),
         "warm": bool(runs),
+        "timing": dict.fromkeys(first, "calls"),
         "peak_bytes": peak,
         "other_load": others.share(),
+        **about_mask,
     }
 
 
@@ -96,55 +122,67 @@ def _run(case: Case, provider: Provider, inputs: Inputs, clock: _Clock) -> dict[
     clock.start()
     mask = provider.select(inputs, case.window)
     clock.mark()
-    if case.what == "selection":
-        (selection,) = clock.seconds()
-        return {"selection": selection, "total": selection}
-    out = provider.attend(inputs, mask)
-    clock.mark()
-    leaves = inputs.leaves()[: 3 if provider.dense else 4]
-    torch.autograd.grad(out, leaves, inputs.grad_out)
-    clock.mark()
-    selection, forward, backward = clock.seconds()
-    total = selection + forward + backward
-    return {"selection": selection, "forward": forward, "backward": backward, "total": total}
-
-
-def _measure_graphs(case: Case, provider: Provider, repeats: int) -> dict[str, Any]:
-    """Device time of each part: replays of CUDA graphs, the L2 cache cold before each."""
-    inputs = make_inputs(case)
-    leaves = inputs.leaves()[: 3 if provider.dense else 4]
-    memory = _PeakMemory(case.device)
-    out = provider.attend(inputs, provider.select(inputs, case.window))
-    torch.autograd.grad(out, leaves, inputs.grad_out)
-    peak = memory.peak()
-    del out
-
-    graphs = {}
-    mask = None
-    if not provider.dense:
-        graphs["selection"] = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graphs["selection"]):
-                mask = provider.select(inputs, case.window)
-        except RuntimeError:  # not capturable: timed as a call, host time included
-            torch.cuda.synchronize()
-            del graphs["selection"]
-            mask = provider.select(inputs, case.window)
-    graphs["forward"] = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graphs["forward"]):
+    names = ["selection"]
+    if case.what != "selection":
         out = provider.attend(inputs, mask)
-    graphs["backward"] = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graphs["backward"]):
+        clock.mark()
+        names.append("forward")
+    if case.what == "attention":
+        torch.autograd.grad(out, provider.leaves(inputs), inputs.grad_out)
+        clock.mark()
+        names.append("backward")
+    seconds = dict(zip(names, clock.seconds(), strict=True))
+    return {**seconds, "total": sum(seconds.values())}
+
+
+def _about_mask(case: Case, inputs: Inputs, clock: _Clock) -> dict[str, Any]:
+    """What making the bool mask costs, which all sides are given, and what it shows."""
+    clock.start()
+    make_mask(case, inputs.scores if inputs.scores.dim() == 3 else inputs.scores[:, :, 0])
+    clock.mark()
+    visible = visible_pairs(inputs, case.window)
+    spread = case.batch * case.heads // (visible.shape[0] * visible.shape[1])
+    pairs = sum(int(rows.sum()) for rows in visible.split(1024, dim=2))
+    return {"mask_seconds": clock.seconds()[0], "visible_pairs": pairs * spread}
+
+
+def _measure_graphs(
+    case: Case, provider: Provider, inputs: Inputs, repeats: int, warmup: int
+) -> dict[str, Any]:
+    """Device time of each part: replays of CUDA graphs, the L2 cache cold before each.
+
+    What cannot be captured is timed as a call, with the time that the host makes the device wait.
+    """
+
+    def select() -> Any:
+        return provider.select(inputs, case.window)
+
+    def backward() -> Any:
+        return torch.autograd.grad(out, leaves, inputs.grad_out, retain_graph=True)
+
+    leaves = provider.leaves(inputs)
+    memory = _PeakMemory(case.device)
+    mask: Any = select()
+    out: Any = None if case.what == "selection" else provider.attend(inputs, mask)
+    if case.what == "attention":
         torch.autograd.grad(out, leaves, inputs.grad_out)
+    peak = memory.peak()
+    out = mask = None
+
+    parts: dict[str, Callable[[], Any]] = {}
+    timing = {}
+    if not provider.dense:
+        parts["selection"], mask, timing["selection"] = _player(select)
+    if case.what != "selection":
+        parts["forward"], out, timing["forward"] = _player(lambda: provider.attend(inputs, mask))
+    if case.what == "attention":
+        # A graph of the backward pass needs the forward pass of a graph, on the same stream.
+        captures = timing["forward"] == _REPLAYS
+        parts["backward"], _, timing["backward"] = _player(backward, captures)
 
     cold = torch.empty(_COLD_CACHE_FLOATS, device=case.device)
-    parts: dict[str, Callable[[], Any]] = {name: graph.replay for name, graph in graphs.items()}
-    if not provider.dense and "selection" not in graphs:
-        parts = {"selection": lambda: provider.select(inputs, case.window), **parts}
-    for play in parts.values():
-        play()
     runs: list[dict[str, float]] = []
-    for _ in range(repeats):
+    for number in range(warmup + repeats):
         run = {}
         for name, play in parts.items():
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -154,13 +192,32 @@ def _measure_graphs(case: Case, provider: Provider, repeats: int) -> dict[str, A
             end.record()
             torch.cuda.synchronize()
             run[name] = begin.elapsed_time(end) / 1e3
-        runs.append({**run, "total": sum(run.values())})
+        if number >= warmup:
+            runs.append({**run, "total": sum(run.values())})
+    return {**_summary(runs), "warm": True, "timing": timing, "peak_bytes": peak}
+
+
+def _player(
+    function: Callable[[], Any], captures: bool = True
+) -> tuple[Callable[[], Any], Any, str]:
+    """How to play `function` again, its result, and how that is timed."""
+    if captures:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                result = function()
+            return graph.replay, result, _REPLAYS
+        except RuntimeError:  # it copies to the host, or allocates in a way graphs cannot
+            torch.cuda.synchronize()
+    return function, function(), "calls"
+
+
+def _summary(runs: list[dict[str, float]]) -> dict[str, Any]:
+    totals = [run["total"] for run in runs]
     return {
         "seconds": {part: statistics.median(run[part] for run in runs) for part in runs[0]},
-        "spread": [min(run["total"] for run in runs), max(run["total"] for run in runs)],
+        "spread": [min(totals), max(totals)],
         "repeats": len(runs),
-        "warm": True,
-        "peak_bytes": peak,
     }
 
 
@@ -272,7 +329,8 @@ def main() -> None:
     """Read a job from standard input, print its measurement as the last line of standard output."""
     job = json.load(sys.stdin)
     job["case"]["providers"] = tuple(job["case"]["providers"])
-    result = measure(Case(**job["case"]), PROVIDERS[job["provider"]], job["repeats"], job["budget"])
+    case, provider = Case(**job["case"]), PROVIDERS[job["provider"]]
+    result = measure(case, provider, job["repeats"], **job["options"])
     print(json.dumps(result))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import dispatch
 from ..attention import flash_sparse_attn_func
-from ..reference import attention_reference
+from ..reference import attention_reference, causal_mask
 from ..selection import KeySelection, prepare_selection, select_keys
 from .cases import GRADIENTS, Case, Inputs, make_inputs
 
@@ -34,6 +34,8 @@ class Provider:
         dense: True if it attends every causal key and has no bias: a different function, measured
             as the usual alternative.
         extra_bytes: Lower bound of the memory that a case needs.
+        trains_bias: Whether it has a gradient for the bias.
+        building: What its selection and forward times hold of mask and plan building, for rows.
     """
 
     what: str
@@ -41,21 +43,37 @@ class Provider:
     attend: Callable[[Inputs, Any], Tensor]
     dense: bool = False
     extra_bytes: Callable[[Case], int] = lambda case: 0
+    trains_bias: bool = True
+    building: str = "nothing to build"
+
+    def leaves(self, inputs: Inputs) -> list[Tensor]:
+        """The tensors whose gradients it computes."""
+        return inputs.leaves()[: 4 if self.trains_bias and not self.dense else 3]
 
 
 def _ours(backend: str | None) -> Provider:
     name = "the best backend" if backend is None else f"the {backend} backend"
+
+    def select(inputs: Inputs, window: int) -> Tensor | KeySelection:
+        if inputs.mask is not None:
+            return inputs.mask
+        selection = select_keys(inputs.scores, window)
+        query_len, trains = inputs.query.shape[1], inputs.query.requires_grad
+        return prepare_selection(selection, query_len, for_backward=trains)
+
     return Provider(
         f"select_keys and flash_sparse_attn_func, {name}",
-        lambda inputs, window: prepare_selection(select_keys(inputs.scores, window)),
-        lambda inputs, selection: flash_sparse_attn_func(
+        select,
+        lambda inputs, mask: flash_sparse_attn_func(
             inputs.query,
             inputs.key,
             inputs.value,
-            selection,
-            inputs.scores[:, :, None, :],
+            mask,
+            inputs.bias,
+            is_causal=inputs.is_causal,
             backend=backend,
         ),
+        building="selection: keys and plan; of a bool mask, forward: the plan",
     )
 
 
@@ -80,12 +98,37 @@ def window_mask(scores: Tensor, window: int) -> Tensor:
     return (beats.cumsum(-2, dtype=torch.int32) < window) & (index[:, None] >= index)
 
 
+def visible_pairs(inputs: Inputs, window: int) -> Tensor:
+    """Bool ``[{1|B}, {1|Hkv}, Q, N]``: the mask of the inputs with causality, by definition."""
+    query_len, key_len = inputs.query.shape[1], inputs.key.shape[1]
+    if inputs.mask is None:
+        return window_mask(inputs.scores.detach(), window)[..., key_len - query_len :, :]
+    if not inputs.is_causal:
+        return inputs.mask
+    return inputs.mask & causal_mask(query_len, key_len, inputs.mask.device)
+
+
+def _mask_for_sdpa(inputs: Inputs, window: int) -> Tensor:
+    if inputs.mask is None:
+        rows = slice(inputs.key.shape[1] - inputs.query.shape[1], None)
+        return top_keys_mask(inputs.scores.detach(), window)[..., rows, :]
+    return visible_pairs(inputs, window)
+
+
 def _attend_masked(inputs: Inputs, mask: Tensor) -> Tensor:
-    group = inputs.query.shape[2] // inputs.key.shape[2]
-    bias = inputs.scores[:, :, None, :].to(inputs.query.dtype).masked_fill(~mask, -torch.inf)
+    return _attend_additive(inputs, _add_up(inputs, inputs.bias, mask))
+
+
+def _add_up(inputs: Inputs, bias: Tensor, mask: Tensor) -> Tensor:
+    """Mask and bias as the one additive tensor ``[{1|B}, H, Q, N]`` that SDPA takes."""
+    bias = bias.to(inputs.query.dtype).masked_fill(~mask, -torch.inf)
+    return bias.repeat_interleave(inputs.query.shape[2] // bias.shape[1], dim=1)
+
+
+def _attend_additive(inputs: Inputs, bias: Tensor) -> Tensor:
+    grouped = inputs.query.shape[2] != inputs.key.shape[2]
     query, key, value = (x.transpose(1, 2) for x in (inputs.query, inputs.key, inputs.value))
-    bias = bias.repeat_interleave(group, dim=1)
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, enable_gqa=group > 1)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, enable_gqa=grouped)
     return out.transpose(1, 2)
 
 
@@ -94,24 +137,39 @@ def _attend_causal(inputs: Inputs, _: None) -> Tensor:
     query, key, value = (x.transpose(1, 2) for x in (inputs.query, inputs.key, inputs.value))
     # On GPUs the fastest of PyTorch's kernels; elsewhere the list has no effect.
     kernels = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+    causal = query.shape[2] > 1  # one query is the last, and sees every key
     with sdpa_kernel(kernels, set_priority=True):
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+        out = F.scaled_dot_product_attention(
+            query, key, value, is_causal=causal, enable_gqa=grouped
+        )
     return out.transpose(1, 2)
 
 
 def _select_flex(inputs: Inputs, window: int) -> Any:
-    """A BlockMask of the same selection; building it is part of this provider's selection."""
+    """A BlockMask of the same selection or mask."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    selection = select_keys(inputs.scores, window)
-    expiry = selection.expiry
-    batch, length, heads, _ = inputs.query.shape
-    group = heads // inputs.key.shape[2]
+    batch, query_len, heads, _ = inputs.query.shape
+    key_len, mask, is_causal = inputs.key.shape[1], inputs.mask, inputs.is_causal
+    shift = key_len - query_len
+    if mask is None:
+        expiry = select_keys(inputs.scores, window).expiry
+        group = heads // expiry.shape[1]
 
-    def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return (k <= q) & (q < expiry[b, h // group, k])
+        def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return (k <= q + shift) & (q + shift < expiry[b, h // group, k])
 
-    return create_block_mask(visible, batch, heads, length, length, inputs.query.device)
+        sizes: tuple[int | None, int | None] = (batch, heads)
+    else:
+        group = heads // mask.shape[1]
+        entries, rows = int(mask.shape[0] > 1), int(mask.shape[2] > 1)
+
+        def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            seen = mask[b * entries, h // group, q * rows, k]
+            return seen & (k <= q + shift) if is_causal else seen
+
+        sizes = (batch if entries else None, heads if mask.shape[1] > 1 else None)
+    return create_block_mask(visible, *sizes, query_len, key_len, inputs.query.device)
 
 
 @cache
@@ -122,26 +180,26 @@ def _compiled_flex() -> Callable[..., Tensor]:
 
 
 def _attend_flex(inputs: Inputs, mask: Any) -> Tensor:
-    group = inputs.query.shape[2] // inputs.key.shape[2]
-    scores = inputs.scores
+    grouped = inputs.query.shape[2] != inputs.key.shape[2]
+    bias = inputs.bias
+    group, rows = inputs.query.shape[2] // bias.shape[1], int(bias.shape[2] > 1)
 
     def biased(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return score + scores[b, h // group, k]
+        return score + bias[b, h // group, q * rows, k]
 
     query, key, value = (x.transpose(1, 2) for x in (inputs.query, inputs.key, inputs.value))
-    out = _compiled_flex()(query, key, value, biased, mask, enable_gqa=group > 1)
+    out = _compiled_flex()(query, key, value, biased, mask, enable_gqa=grouped)
     return out.transpose(1, 2)
 
 
 def _attend_reference(inputs: Inputs, mask: Tensor) -> Tensor:
-    bias = inputs.scores[:, :, None, :]
-    return attention_reference(inputs.query, inputs.key, inputs.value, mask, bias)[0]
+    return attention_reference(inputs.query, inputs.key, inputs.value, mask, inputs.bias)[0]
 
 
 def _squares(case: Case) -> int:
-    """Scores, probabilities, bias and one gradient, each ``[B, H, N, N]``."""
+    """Scores, probabilities, bias and one gradient, each ``[B, H, Q, N]``."""
     item = getattr(torch, case.dtype).itemsize
-    return 4 * item * case.batch * case.heads * case.length**2
+    return 4 * item * case.batch * case.heads * case.queries * case.length
 
 
 PROVIDERS = {
@@ -149,9 +207,20 @@ PROVIDERS = {
     **{f"ours-{name}": _ours(name) for name in dispatch.explain_backends()},
     "sdpa-masked": Provider(
         "SDPA, N x N mask (torch.topk) and bias materialised: the same function",
-        lambda inputs, window: top_keys_mask(inputs.scores.detach(), window),
+        _mask_for_sdpa,
         _attend_masked,
         extra_bytes=_squares,
+        building="selection: the mask, unless given; forward: mask and bias added up",
+    ),
+    "sdpa-additive": Provider(
+        "SDPA, mask and bias added up beforehand, without a gradient for the bias",
+        lambda inputs, window: _add_up(
+            inputs, inputs.bias.detach(), _mask_for_sdpa(inputs, window)
+        ),
+        _attend_additive,
+        extra_bytes=_squares,
+        trains_bias=False,
+        building="selection: the mask, unless given, and mask and bias added up",
     ),
     "sdpa-causal": Provider(
         "SDPA, is_causal=True, all keys, no bias: what one uses without a mask",
@@ -163,10 +232,11 @@ PROVIDERS = {
         "FlexAttention, compiled, with the same mask and bias",
         _select_flex,
         _attend_flex,
+        building="selection: keys, unless a mask is given, and create_block_mask",
     ),
     "reference": Provider(
         "the eager oracle on the dense mask of the definition",
-        lambda inputs, window: window_mask(inputs.scores.detach(), window),
+        visible_pairs,
         _attend_reference,
         extra_bytes=_squares,
     ),
@@ -187,35 +257,22 @@ def verify(case: Case, name: str) -> dict[str, float]:
     """
     case, provider = case.reduced(), PROVIDERS[name]
     inputs = make_inputs(case, seed=1)
-    mask = window_mask(inputs.scores.detach(), case.window)
     if case.what == "selection":
         found = provider.select(inputs, case.window)
         found = found.to_dense() if isinstance(found, KeySelection) else found
-        wrong = int((found != mask).sum())
+        wrong = int((found != window_mask(inputs.scores, case.window)).sum())
         if wrong:
             raise WrongResult(
                 f"{name} on {case.name}: {wrong} visible pairs differ at {case.shape}"
             )
         return {"wrong_pairs": 0.0}
 
-    def attend(x: Inputs) -> Tensor:
-        return provider.attend(x, provider.select(x, case.window))
-
-    results = _results(inputs, attend, provider)
-    if provider.dense:
-        mask = torch.ones_like(mask).tril()
-    exact = Inputs(*(x.detach().double().requires_grad_() for x in vars(inputs).values()))
-
-    def reference(x: Inputs) -> Tensor:
-        bias = None if provider.dense else x.scores[:, :, None, :]
-        return attention_reference(x.query, x.key, x.value, mask, bias)[0]
-
-    truth = _results(exact, reference, provider)
-    plain = _results(inputs, reference, provider)
+    results = run(inputs, provider, case.window)
+    truth, plain = references(inputs, provider, case.window)
     errors = {}
     for key, value in results.items():
-        errors[key] = _distance(value, truth[key])
-        budget = 2 * _distance(plain[key], truth[key]) + 1e-5
+        errors[key] = distance(value, truth[key])
+        budget = 2 * distance(plain[key], truth[key]) + 1e-5
         if not errors[key] <= budget:
             raise WrongResult(
                 f"{name} on {case.name}: {key} is off by {errors[key]:.2e} at {case.shape}, "
@@ -224,15 +281,40 @@ def verify(case: Case, name: str) -> dict[str, float]:
     return errors
 
 
-def _results(
-    inputs: Inputs, attend: Callable[[Inputs], Tensor], provider: Provider
-) -> dict[str, Tensor]:
-    """``out`` and the gradients of the inputs that the provider uses."""
-    out = attend(inputs)
-    count = 3 if provider.dense else 4
-    gradients = torch.autograd.grad(out, inputs.leaves()[:count], inputs.grad_out.to(out.dtype))
-    return {"out": out.detach(), **dict(zip(GRADIENTS[:count], gradients, strict=True))}
+def run(inputs: Inputs, provider: Provider, window: int) -> dict[str, Tensor]:
+    """``out`` and, if the inputs require them, the gradients that the provider computes."""
+    out = provider.attend(inputs, provider.select(inputs, window))
+    leaves = provider.leaves(inputs)
+    if not inputs.query.requires_grad:
+        return {"out": out.detach()}
+    gradients = torch.autograd.grad(out, leaves, inputs.grad_out.to(out.dtype))
+    names = GRADIENTS[: len(leaves)]
+    return {"out": out.detach(), **dict(zip(names, gradients, strict=True))}
 
 
-def _distance(value: Tensor, truth: Tensor) -> float:
+def references(
+    inputs: Inputs, provider: Provider, window: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What `run` should give: the truth in fp64, and plain PyTorch's in the inputs' own dtype."""
+    if provider.dense:
+        mask = causal_mask(inputs.query.shape[1], inputs.key.shape[1], inputs.query.device)
+        mask = mask[None, None]
+    else:
+        mask = visible_pairs(inputs, window)
+
+    def attend(x: Inputs, mask: Tensor) -> Tensor:
+        bias = None if provider.dense else x.bias
+        return attention_reference(x.query, x.key, x.value, mask, bias)[0]
+
+    reference = replace(provider, select=lambda inputs, window: mask, attend=attend)
+    query, key, value, scores = (
+        x.detach().double().requires_grad_(x.requires_grad) for x in inputs.leaves()
+    )
+    grad_out = inputs.grad_out.double()
+    exact = Inputs(query, key, value, scores, grad_out, inputs.mask, inputs.is_causal)
+    return run(exact, reference, window), run(inputs, reference, window)
+
+
+def distance(value: Tensor, truth: Tensor) -> float:
+    """The largest difference of two tensors; NaN if one of them holds it."""
     return float((value.double() - truth).abs().max())

@@ -16,6 +16,11 @@ from .console import write_whole
 from .providers import PROVIDERS
 
 Row = dict[str, Any]
+_WHAT = {
+    "selection": "selection",
+    "forward": "selection + forward",
+    "attention": "selection + forward + backward",
+}
 
 
 def make_row(
@@ -32,17 +37,21 @@ def make_row(
     """
     dense = PROVIDERS[provider].dense
     seconds = measured["seconds"]["total"]
-    sizes = ("batch", "heads", "kv_heads", "length", "head_dim", "window")
+    sizes = ("batch", "heads", "kv_heads", "queries", "length", "head_dim", "window")
+    flops = case.flops(dense, measured.get("visible_pairs"))
     return {
         "case": case.name,
         "provider": provider,
-        "what": "selection" if case.what == "selection" else "selection + forward + backward",
+        "what": _WHAT[case.what],
+        "building": PROVIDERS[provider].building,
         "shape": {size: getattr(case, size) for size in sizes},
         "pattern": case.pattern,
+        "mask": case.mask,
+        "bias": case.bias,
         "dtype": case.dtype,
         **measured,
-        "useful_flops": case.flops(dense),
-        "useful_gflops_per_second": case.flops(dense) / seconds / 1e9,
+        "useful_flops": flops,
+        "useful_gflops_per_second": flops / seconds / 1e9,
         "min_bytes": case.min_bytes(),
         "errors": errors,
         "errors_at": case.reduced().shape,
@@ -57,9 +66,17 @@ def run_facts(device: str) -> Row:
         "hardware": info.hardware(device),
         "versions": info.versions(),
         "commit": info.commit(),
-        "command": shlex.join(["python", "-m", "flash_sparse_attn", *sys.argv[1:]]),
+        "command": shlex.join(["python", *_program(), *sys.argv[1:]]),
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _program() -> list[str]:
+    """How this program was named: a script, or the package."""
+    script = Path(sys.argv[0])
+    if script.parent.name == "benchmarks":
+        return [f"benchmarks/{script.name}"]
+    return ["-m", "flash_sparse_attn"]
 
 
 def append_rows(path: Path, rows: Iterable[Row]) -> None:

@@ -1,0 +1,133 @@
+"""The predecessors' performance scripts: their configurations and options on this frame."""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import dispatch, info
+from .cases import Case
+from .cli import report
+from .console import Progress
+from .grids import HEAD_DIMS
+from .measure import measure, measure_isolated
+from .providers import PROVIDERS, WrongResult, verify
+from .store import Row, append_rows, make_row, run_facts
+
+_OURS = ("cuda", "triton", "flex", "eager")
+_BASELINES = ("sdpa-additive", "sdpa-causal", "flex")
+TEST_TYPES = {
+    "all": ("ours", *_BASELINES),
+    "ours": ("ours",),
+    "sdpa": ("sdpa-additive", "sdpa-causal"),
+    "flex-baseline": ("flex",),
+    **{name: (f"ours-{name}",) for name in _OURS},
+    **{f"sdpa-vs-{name}": ("sdpa-additive", "sdpa-causal", f"ours-{name}") for name in _OURS},
+}
+"""What each value of ``--test-type`` measures; ``ours`` is the public function as it comes."""
+
+
+def main(
+    title: str, make_cases: Callable[[int, int], list[Case]], arguments: list[str] | None = None
+) -> int:
+    """Run a script; 1 if something was wrong or failed.
+
+    Args:
+        title: One line for ``--help``.
+        make_cases: The configurations for a head dimension and a window.
+        arguments: Default those of the process.
+    """
+    options = _parser(title).parse_args(arguments)
+    cases = {
+        case.name: replace(case, device=options.device, dtype=options.dtype)
+        for head_dim in options.head_dim or HEAD_DIMS
+        for case in make_cases(head_dim, options.window)
+        if any(fnmatch.fnmatch(case.name, pattern) for pattern in options.config)
+    }
+    if options.list:
+        print("\n".join(f"{name:<34} {case.shape}" for name, case in cases.items()))
+        return 0
+    names = TEST_TYPES[options.test_type]
+    if not cases:
+        print(f"--config: no configuration is called {' or '.join(options.config)}; see --list")
+        return 2
+    if missing := _missing(names):
+        print(f"--test-type {options.test_type}: {missing}")
+        return 2
+    facts = run_facts(options.device)
+    rows: list[Row] = []
+    remarks: list[str] = []
+    with Progress("configurations", len(cases) * len(names)) as bar:
+        for case, name in itertools.product(cases.values(), names):
+            try:
+                errors = verify(case, name)
+                found = _measured(case, name, options)
+            except (WrongResult, RuntimeError) as error:
+                first = str(error).strip().splitlines()
+                remarks.append(f"{name} on {case.name}: {' '.join(first[:3])}")
+            else:
+                rows.append(make_row(case, name, found, errors, facts))
+                if options.out:
+                    append_rows(options.out, rows[-1:])
+            bar.update(f"{case.name} {name}")
+    print(report(rows, remarks, {options.device: facts}))
+    return 1 if remarks else 0
+
+
+def _measured(case: Case, name: str, options: argparse.Namespace) -> dict[str, Any]:
+    chosen = {"repeats": options.runs, "warmup": options.warmup, "seed": options.seed}
+    if case.device == "cuda":
+        # A process for each would cost seconds, and here PyTorch itself counts the memory.
+        return measure(case, PROVIDERS[name], **chosen)
+    return measure_isolated(case, name, **chosen)
+
+
+def _missing(names: tuple[str, ...]) -> str | None:
+    """Why one of these cannot run here at all."""
+    reasons = dispatch.explain_backends()
+    for name in names:
+        backend = name.removeprefix("ours-")
+        if name.startswith("ours-") and reasons[backend]:
+            return f"backend {backend!r} is not available: {'; '.join(reasons[backend])}"
+    return None
+
+
+def _parser(title: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=title)
+    parser.add_argument("--seed", type=int, default=42, help="of the inputs (default 42)")
+    parser.add_argument("--runs", type=int, default=3, help="measured runs (default 3)")
+    parser.add_argument("--warmup", type=int, default=2, help="runs before them (default 2)")
+    parser.add_argument(
+        "--test-type",
+        choices=TEST_TYPES,
+        default="all",
+        help="what is measured (default all: ours, SDPA with materialised mask and bias, dense "
+        "causal SDPA, FlexAttention)",
+    )
+    parser.add_argument(
+        "--head-dim",
+        type=int,
+        action="append",
+        help="repeatable; default 64, as in the predecessors' scripts, and 128, as in their README",
+    )
+    parser.add_argument("--window", type=int, default=1024, help="keys a query sees (default 1024)")
+    parser.add_argument(
+        "--config",
+        nargs="+",
+        default=["*"],
+        metavar="PATTERN",
+        help="names of configurations, * allowed (default all)",
+    )
+    parser.add_argument("--list", action="store_true", help="print the configurations and end")
+    parser.add_argument("--out", type=Path, help="append the rows to this file as JSON lines")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default=info.default_device().type)
+    dtypes = [str(dtype).removeprefix("torch.") for dtype in (torch.bfloat16, torch.float16)]
+    parser.add_argument("--dtype", choices=[*dtypes, "float32"], default=dtypes[0])
+    return parser
