@@ -213,7 +213,8 @@ def test_the_monitor_warns_once_of_heads_that_choose_nothing():
     assert len(said) == 2
     assert all("KV head 0 chooses the newest keys only" in text for text in said)
     assert len(monitor.history) == 6 * 2 * 2
-    logs: dict[str, float] = {}
-    monitor.on_log(None, None, None, logs=logs)
-    assert set(logs) == {"selection/outlive", "selection/chosen", "selection/age"}
+    logs, state = {"loss": 1.0}, SimpleNamespace(log_history=[{"loss": 1.0, "step": 12}])
+    monitor.on_log(None, state, None, logs=logs)
+    assert set(logs) == {"loss", "selection/outlive", "selection/chosen", "selection/age"}
+    assert state.log_history == [{**logs, "step": 12}]
     assert all(layer.self_attn.watched is None for layer in model.model.layers)

@@ -62,13 +62,15 @@ class SelectionMonitor(TrainerCallback):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any
     ) -> None:
-        """Add the means of the latest look."""
+        """Add the means of the latest look, also to the history, which has its copy already."""
         if logs is None or not self.history:
             return
         latest = self.history[-1]["step"]
         rows = [row for row in self.history if row["step"] == latest]
         for name in ("outlive", "chosen", "age"):
             logs[f"selection/{name}"] = sum(row[name] for row in rows) / len(rows)
+        if state.log_history:
+            state.log_history[-1].update(logs)
 
     def _judge(self, row: dict[str, Any]) -> None:
         place = (row["layer"], row["head"])
