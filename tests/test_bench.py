@@ -12,7 +12,15 @@ import pytest
 import torch
 
 from flash_sparse_attn import __main__, dispatch, info, select_keys
-from flash_sparse_attn.bench import cli, console, measure, providers, store, yardsticks
+from flash_sparse_attn.bench import (
+    cli,
+    console,
+    measure,
+    providers,
+    results,
+    store,
+    yardsticks,
+)
 from flash_sparse_attn.bench.cases import (
     CASES,
     MASKS,
@@ -280,6 +288,81 @@ def row(case, provider, seconds, peak=1 << 20):
         "seconds": {"total": seconds},
         "peak_bytes": peak,
     }
+
+
+def timed_row(case, seconds, length=512, commit="aaa111", provider="ours"):
+    return {
+        **row(case, provider, seconds),
+        "seconds": {"forward": seconds / 2, "total": seconds},
+        "shape": {"length": length, "window": 32, "batch": 1, "heads": 2, "head_dim": 16},
+        "spread": [0.9 * seconds, 1.1 * seconds],
+        "errors": {"out": 1e-6},
+        "hardware": {"device": "cpu", "cpu": "some", "cpu_cores": 2},
+        "versions": {"torch": "2.9"},
+        "commit": commit,
+    }
+
+
+def test_compare_two_files_and_two_commits(capsys, tmp_path):
+    before = [timed_row("a", 1.0), timed_row("b", 1.0), timed_row("c", 1.0), timed_row("old", 1.0)]
+    after = [
+        timed_row("a", 9.0, commit="bbb222"),
+        timed_row("a", 0.5, commit="bbb222"),  # the latest counts
+        timed_row("b", 1.05, commit="bbb222"),
+        {**timed_row("c", 2.0, commit="bbb222"), "versions": {"torch": "2.11"}},
+    ]
+    paths = [tmp_path / name for name in ("before", "after", "both")]
+    for path, rows in zip(paths, (before, after, before + after), strict=True):
+        store.append_rows(path, rows)
+    found = run(capsys, "compare", str(paths[0]), str(paths[1]))
+    assert found == run(capsys, "compare", "aaa", "bbb", "--rows", str(paths[2]))
+    status, printed = found
+    lines = {line.split()[0]: line for line in printed.out.splitlines() if line}
+    assert status == 0 and "commits aaa111 and bbb222" in printed.out
+    assert "0.50" in lines["a"] and "faster" in lines["a"]
+    assert "1.05" in lines["b"] and "within the spread" in lines["b"]
+    assert "2.00" in lines["c"] and "slower" in lines["c"]
+    assert "versions differ: torch 2.9 and 2.11" in printed.out
+    assert "1 rows are in one of the two only" in printed.out
+
+
+def test_compare_says_what_is_missing(capsys, tmp_path):
+    path = tmp_path / "rows"
+    store.append_rows(path, [timed_row("a", 1.0)])
+    status, printed = run(capsys, "compare", "aaa", "ccc", "--rows", str(path))
+    assert status == 2 and "no case and provider in common" in printed.err
+    with pytest.raises(SystemExit):
+        run(capsys, "compare", "aaa", "bbb")
+    assert "no file aaa" in capsys.readouterr().err
+
+
+def test_a_series_is_by_the_size_that_varies():
+    rows = [timed_row("a", 4.0, 1024), timed_row("b", 1.0, 512), timed_row("b", 2.0, 512)]
+    rows += [timed_row("a", 8.0, 1024, provider="sdpa-masked")]
+    assert results.series(rows, "forward") == (
+        "length",
+        {"ours": [(512, 1.0), (1024, 2.0)], "sdpa-masked": [(1024, 4.0)]},
+    )
+
+
+def test_plot_draws_rows(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    path, figure = tmp_path / "rows", tmp_path / "figure.svg"
+    store.append_rows(path, [timed_row("a", 4.0, 1024), timed_row("b", 1.0, 512)])
+    status, printed = run(capsys, "plot", str(path), "--out", str(figure))
+    assert status == 0 and "total against length, 1 providers" in printed.out
+    assert "<svg" in figure.read_text()
+    arguments = ("plot", str(path), "--out", str(figure), "--case", "nothing")
+    status, printed = run(capsys, *arguments)
+    assert status == 2 and "no row has a case nothing" in printed.err
+
+
+def test_plot_says_that_matplotlib_is_missing(capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    path = tmp_path / "rows"
+    store.append_rows(path, [timed_row("a", 1.0)])
+    status, printed = run(capsys, "plot", str(path), "--out", str(tmp_path / "figure.png"))
+    assert status == 2 and "matplotlib is not installed" in printed.err
 
 
 @pytest.mark.parametrize("holds", [True, False])

@@ -1,4 +1,4 @@
-"""The `bench` command: list the cases, run them, print what they show."""
+"""The `bench` command: list the cases, run them, compare and draw what they show."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from .. import info
+from . import results
 from .cases import CASES, Case
 from .console import Progress, format_bytes, format_seconds, table
 from .measure import busy_note, measure_isolated
@@ -36,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--out", type=Path, help="append the rows to this file as JSON lines")
     run.add_argument("--repeats", type=int, default=7, help="repetitions at most (default 7)")
     run.set_defaults(run=_run)
+    results.add_arguments(actions)
 
 
 def _list(arguments: argparse.Namespace) -> int:

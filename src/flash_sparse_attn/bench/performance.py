@@ -84,6 +84,8 @@ def main(
 def _measured(case: Case, name: str, options: argparse.Namespace) -> dict[str, Any]:
     chosen = {"repeats": options.runs, "warmup": options.warmup, "seed": options.seed}
     if case.device == "cuda":
+        # What FlexAttention was compiled for other shapes counts against a limit.
+        torch.compiler.reset()
         # A process for each would cost seconds, and here PyTorch itself counts the memory.
         return measure(case, PROVIDERS[name], **chosen)
     return measure_isolated(case, name, **chosen)

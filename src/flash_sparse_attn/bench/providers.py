@@ -176,7 +176,8 @@ def _select_flex(inputs: Inputs, window: int) -> Any:
 def _compiled_flex() -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention)
+    # For the shapes as they are, and an error instead of the unfused form if that fails.
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
 def _attend_flex(inputs: Inputs, mask: Any) -> Tensor:
