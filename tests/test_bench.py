@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -196,6 +197,42 @@ def test_measurement_in_a_process_of_its_own():
     assert found["spread"][0] <= seconds["total"] <= found["spread"][1]
     assert found["repeats"] == 3 and found["warm"]
     assert found["peak_bytes"] is None or 0 <= found["peak_bytes"] < 2**28
+
+
+@pytest.mark.parametrize(
+    ("changes", "provider", "parts"),
+    [
+        ({"what": "selection"}, "ours", ["selection"]),
+        ({"what": "forward"}, "ours", ["selection", "forward"]),
+        ({}, "ours", ["selection", "forward", "backward"]),
+        ({"mask": "pairs"}, "ours", ["forward", "backward"]),  # it is given, nothing is built
+        ({"mask": "pairs"}, "sdpa-additive", ["selection", "forward", "backward"]),
+        ({}, "sdpa-causal", ["forward", "backward"]),
+    ],
+)
+def test_the_parts_that_are_timed_on_a_gpu(changes, provider, parts, monkeypatch):
+    """With a processor's clock in place of a device's events."""
+
+    class Event:
+        def __init__(self, **_):
+            self.time = 0.0
+
+        def record(self):
+            self.time = time.perf_counter()
+
+        def elapsed_time(self, end):
+            return 1e3 * (end.time - self.time)
+
+    player = measure._player
+    monkeypatch.setattr(measure, "_player", lambda function, captures=True: player(function, False))
+    monkeypatch.setattr(measure, "_COLD_CACHE_FLOATS", 1)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    case = replace(TINY, **changes)
+    inputs = make_inputs(case)
+    found = measure._measure_graphs(case, PROVIDERS[provider], inputs, repeats=3, warmup=2)
+    assert list(found["seconds"]) == [*parts, "total"]
+    assert list(found["timing"]) == parts and found["repeats"] == 3
 
 
 def test_the_load_of_other_processes_is_seen():

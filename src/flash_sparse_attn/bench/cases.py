@@ -257,10 +257,34 @@ _GPU = (
     ),
 )
 
+_GPU_MASKED = replace(
+    _GPU_A,
+    name="gpu-mask-pair-bias",
+    mask="pairs",
+    bias="pairs",
+    providers=("ours", "sdpa-additive", "sdpa-causal", "flex"),
+)
+_KEY_BIAS = replace(_GPU_MASKED, bias="keys")
+_GPU_MASKS = (
+    _GPU_MASKED,
+    replace(_KEY_BIAS, name="gpu-mask-key-bias"),
+    replace(_KEY_BIAS, name="gpu-mask-of-keys", mask="keys"),
+    *(
+        replace(_KEY_BIAS, name=f"gpu-{mask}-{length}", mask=mask, length=length)
+        for mask in ("sliding", "documents", "prefix", "blocks")
+        for length in (8192, 32768)
+    ),
+    *(  # one pair in 32 and in 256
+        replace(_KEY_BIAS, name=f"gpu-independent-{part}", mask="independent", window=32768 // part)
+        for part in (32, 256)
+    ),
+)
+
 CASES = {
     case.name: case
     for case in (
         *_GPU,
+        *_GPU_MASKS,
         _CPU_16K,
         *(
             replace(_CPU_16K, name=f"cpu-16k-{pattern}", pattern=pattern, providers=("ours",))

@@ -40,19 +40,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     results.add_arguments(actions)
 
 
+_KNOWN_WORK = ("selection", "pairs", "sliding")  # min(t + 1, W) keys at position t
+
+
 def _list(arguments: argparse.Namespace) -> int:
     rows = [
         [
             case.name,
             case.shape,
+            case.mask,
             case.pattern,
             case.dtype,
-            f"{case.flops() / 1e9:.4g}",
+            f"{case.flops() / 1e9:.4g}" if case.mask in _KNOWN_WORK else "by the mask",
             format_bytes(case.min_bytes()),
         ]
         for case in CASES.values()
     ]
-    header = ["name", "shape", "scores", "dtype", "useful GFLOP", "least traffic"]
+    header = ["name", "shape", "mask", "scores", "dtype", "useful GFLOP", "least traffic"]
     print("cases\n" + table(header, rows))
     print("\nproviders")
     for name, provider in PROVIDERS.items():
