@@ -90,6 +90,31 @@ def signature(kernel: Any, constants: dict[str, Any]) -> tuple[dict, dict, dict]
     return types, values, attributes
 
 
+def machine_code(binary: Any, arch: int) -> tuple[str, str]:
+    """The code of a kernel for an NVIDIA target, and what ptxas says about it."""
+    with tempfile.TemporaryDirectory() as folder:
+        ptx, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        ptx.write_text(binary.asm["ptx"])
+        cubin.write_bytes(binary.asm["cubin"])
+        tool = (
+            "ptxas-blackwell" if arch >= 100 and (TOOLS / "ptxas-blackwell").exists() else "ptxas"
+        )
+        suffix = "a" if arch >= 90 else ""
+        command = [TOOLS / tool, "-v", f"--gpu-name=sm_{arch}{suffix}", ptx, "-o", os.devnull]
+        notes = subprocess.run(command, capture_output=True, text=True, check=True)
+        dump = subprocess.run(
+            [TOOLS / "cuobjdump", "-sass", cubin], capture_output=True, text=True, check=True
+        )
+    return dump.stdout, notes.stdout + notes.stderr
+
+
+def stack_frame(notes: str) -> int:
+    """Bytes of stack that ptxas reports."""
+    stack = re.search(r"(\d+) bytes stack frame", notes)
+    assert stack, notes
+    return int(stack.group(1))
+
+
 @cache
 def compiled(target: str, head_dim: int, name: str) -> Compiled:
     """The kernel of the table for a target, bf16, groups of 4, with a bias per key."""
@@ -113,29 +138,9 @@ def compiled(target: str, head_dim: int, name: str) -> Compiled:
     layouts = binary.asm["ttgir"]
     if target == "gfx942":
         return Compiled(binary.metadata.shared, columns, layouts, 0, False, "")
-    with tempfile.TemporaryDirectory() as folder:
-        ptx, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
-        ptx.write_text(binary.asm["ptx"])
-        cubin.write_bytes(binary.asm["cubin"])
-        tool = (
-            "ptxas-blackwell" if arch >= 100 and (TOOLS / "ptxas-blackwell").exists() else "ptxas"
-        )
-        suffix = "a" if arch >= 90 else ""
-        command = [TOOLS / tool, "-v", f"--gpu-name=sm_{arch}{suffix}", ptx, "-o", os.devnull]
-        notes = subprocess.run(command, capture_output=True, text=True, check=True)
-        stack = re.search(r"(\d+) bytes stack frame", notes.stdout + notes.stderr)
-        assert stack, notes.stdout + notes.stderr
-        dump = subprocess.run(
-            [TOOLS / "cuobjdump", "-sass", cubin], capture_output=True, text=True, check=True
-        )
-    return Compiled(
-        binary.metadata.shared,
-        columns,
-        layouts,
-        int(stack.group(1)),
-        "serialized" in notes.stdout + notes.stderr,
-        dump.stdout,
-    )
+    code, notes = machine_code(binary, arch)
+    serialized = "serialized" in notes
+    return Compiled(binary.metadata.shared, columns, layouts, stack_frame(notes), serialized, code)
 
 
 def check(target: str, head_dim: int, name: str) -> None:
@@ -173,3 +178,64 @@ def test_hopper(head_dim: int, name: str) -> None:
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_target(target: str, head_dim: int, name: str) -> None:
     check(target, head_dim, name)
+
+
+@pytest.mark.parametrize("group", (1, 4))
+@pytest.mark.parametrize("has_bias", (False, True))
+def test_forward_by_roles(group: int, has_bias: bool) -> None:
+    """Two consumers with the registers of a third, nothing spilled, products that overlap."""
+    sizes = config.role_config("sm_90", 128)
+    if sizes is None:
+        pytest.skip("written for another version of Triton")
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from flash_sparse_attn.backends.triton.gluon_forward import gluon_forward_kernel
+
+    constants = {
+        "HEADS_KV": 8, "GROUP": group, "BLOCK_M": sizes.block_m, "BLOCK_N": sizes.block_n, "D": 128,
+        "BUFFERS": sizes.buffers, "TOGETHER": sizes.rows_together,
+        "CONSUMER_REGISTERS": sizes.consumer_registers,
+        "PRODUCER_REGISTERS": sizes.producer_registers, "HAS_BIAS": has_bias, "HAS_NORM": True,
+        "CLAMPS": False, "PACKED": False,
+    }  # fmt: skip
+    rows, line = f"[{sizes.block_n},128]", f"[1,{sizes.block_n}]"
+    blocks = {
+        "tiles_q": f"bf16[1,{64 // group},{group},128],{gl.NVMMASharedLayout(128, 16, 4)!r}",
+        "slots_k": f"bf16{rows},{gl.NVMMASharedLayout(128, 16, 2)!r}",
+        "slots_v": f"bf16{rows},{gl.NVMMASharedLayout(128, 16, 2)!r}",
+        "slots_bias": f"fp32{line},{gl.NVMMASharedLayout(0, 32, 2)!r}",
+        "slots_start": f"i32{line},{gl.NVMMASharedLayout(0, 32, 2)!r}",
+        "slots_expiry": f"i32{line},{gl.NVMMASharedLayout(0, 32, 2)!r}",
+    }
+    pointers = {"ptr_out": "*bf16", "ptr_lse": "*fp32", "ptr_norm": "*fp32"}
+    types, values, attributes = {}, {}, {}
+    for index, param in enumerate(gluon_forward_kernel.params):
+        name = param.name
+        if param.is_constexpr or name == "ptr_epochs" or (name == "slots_bias" and not has_bias):
+            types[name], values[(index,)] = "constexpr", constants.get(name)
+        elif name in blocks:
+            types[name] = f"tensordesc<{blocks[name]}>"
+        elif name.startswith("ptr_"):
+            types[name] = pointers.get(name, "*i32")
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            types[name] = "fp32" if name == "scale" else "i32"
+    source = GluonASTSource(gluon_forward_kernel, types, values, attributes)
+    options = {"num_warps": 4, "maxnreg": sizes.registers}
+    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    code, notes = machine_code(binary, 90)
+    assert binary.metadata.shared <= TARGETS["sm_90"][2]
+    assert stack_frame(notes) == 0
+    assert "serialized" not in notes
+    # Of each consumer: the first scores, twice scores and values in the loops, the last values.
+    assert len(re.findall(r"\bHGMMA", code)) == 2 * (8 + 2 * 16 + 8)
+    assert "UTMALDG.4D" in code
+    assert "USETMAXREG" in code
+    assert not re.search(r"\b(STL|LDL)\b", code)
+    # The number of whole blocks is carried from tile to tile; see the comment in `_consume`.
+    carried = re.findall(r"scf\.for %item[\w]* = .*?iter_args\((.*?)\) ->", binary.asm["ttgir"])
+    assert [len(names.split(", ")) for names in carried if "next_full" in names] == [5, 5]
+    # The exponentials stand before the wait for the product that they overlap with.
+    for loop in re.findall(r"DEPBAR\.LE gsb0, 0x1.*?DEPBAR\.LE gsb0, 0x0", code, re.DOTALL):
+        assert loop.count("MUFU.EX2") >= 64

@@ -6,7 +6,6 @@ import functools
 from dataclasses import dataclass
 
 import torch
-import triton
 
 KNOWN_TRITON = ((3, 6),)
 """Versions of Triton whose Gluon and whose way to start a compiled kernel are known."""
@@ -148,6 +147,8 @@ def role_config(architecture: str, head_dim: int) -> RoleConfig | None:
 
 @functools.cache
 def _knows_triton() -> bool:
+    import triton  # here, so that sizes alone can be had without it
+
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     return version in KNOWN_TRITON
 

@@ -16,7 +16,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ...plan import Plan
-from .config import TileConfig, architecture_of, padded_head_dim, slot_rows, tiles_for
+from .config import (
+    TileConfig,
+    architecture_of,
+    padded_head_dim,
+    role_config,
+    slot_rows,
+    tiles_for,
+)
 from .inputs import Call, is_aligned
 from .launch import launch
 from .slots import copy_slots, slot_dim
@@ -218,7 +225,8 @@ def forward(
         value: ``[B, K, Hkv, D]``.
         call: Scale, softcap and bias.
         with_norm: Also return what `backward` needs of the normalization.
-        config: Tile sizes; default from the table.
+        config: Tile sizes of this kernel; default from the table, or the kernel of
+            `gluon_forward.py` where that serves the call.
 
     Returns:
         ``out [B, Q, H, D]``, ``lse`` fp32 ``[B, H, Q]``, and ``norm`` or ``None``: as many fp32 as
@@ -227,6 +235,13 @@ def forward(
     batch, query_len, num_heads, head_dim = query.shape
     heads_kv = key.shape[2]
     group = num_heads // heads_kv
+    roles = None if config else role_config(architecture_of(query.device), head_dim)
+    if roles is not None:
+        from .gluon_forward import gluon_forward  # only where its version of Triton is installed
+
+        served = gluon_forward(plan, query, key, value, call, roles, with_norm=with_norm)
+        if served is not None:
+            return served
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = torch.empty(batch, num_heads, query_len, dtype=torch.float32, device=query.device)
     norm = torch.empty_like(lse) if with_norm else None
