@@ -341,6 +341,17 @@ def test_expanded_and_transposed_tensors():
     check_forward(query, key, value, mask, bias)
 
 
+def test_an_expanded_mask_is_not_read_as_a_full_one():
+    tensors = qkv(2, 300, 400, 4, 2, 4)
+    mask = (torch.rand(1, 1, 1, 400) < 0.5).expand(2, 4, 300, 400)
+    bias = rand(1, 2, 1, 400).expand(2, 2, 300, 400)
+    options = {"is_causal": True, "softmax_scale": None, "softcap": 0.0, "deterministic": None}
+    visible = flex._Visible.of(Problem.of(*tensors, mask, bias, **options), mask, bias)
+    assert visible.mask is None and visible.finite is None
+    assert visible.first.shape == (1, 2, 400)
+    check_forward(*tensors, mask, bias, is_causal=True)
+
+
 def test_a_later_token_changes_no_earlier_row():
     query, key, value = qkv(1, 200, 200, 2, 1, 8)
     scores = rand(1, 1, 200)

@@ -166,10 +166,10 @@ class _Visible:
         """Whatever is the same for all queries goes into the intervals."""
         first, end = _row_intervals(problem, mask if isinstance(mask, KeySelection) else None)
         pairs: list[Tensor | None] = []
-        mask = mask if isinstance(mask, Tensor) else None
-        finite = None if bias is None else bias.detach() != -torch.inf
+        mask = _compact(mask) if isinstance(mask, Tensor) else None
+        finite = None if bias is None else _compact(bias.detach()) != -torch.inf
         for tensor in (mask, finite):
-            if tensor is not None and (tensor.shape[2] == 1 or tensor.stride(2) == 0):
+            if tensor is not None and tensor.shape[2] == 1:
                 kept, end = _same_heads(tensor[:, :, 0], end)
                 end = torch.where(kept, end, 0)
                 first = expand_heads(first, end.shape[1]).expand_as(end)
@@ -210,13 +210,11 @@ class _Visible:
             Bool ``[{1|B}, M, blocks of Q, blocks of K]``: visible in part; visible as a whole; and
             ``[{1|B}, M, K]``: seen by a query at all.
         """
-        if self.mask is None and self.finite is None:
-            some, every = self._blocks_of_intervals()
-            return some & ~every, every, self.end > 0
-        some, every, seen = self._blocks_of_pairs()
+        pairs = self.mask is not None or self.finite is not None
+        some, every, seen = self._blocks_of_pairs() if pairs else self._blocks_of_intervals()
         return some & ~every, every, seen
 
-    def _blocks_of_intervals(self) -> tuple[Tensor, Tensor]:
+    def _blocks_of_intervals(self) -> tuple[Tensor, Tensor, Tensor]:
         """From the ends of the intervals: one comparison for each block of queries and key."""
         first, end = (
             F.pad(tensor, (0, -tensor.shape[-1] % _BLOCK)).unflatten(-1, (-1, _BLOCK))[:, :, None]
@@ -230,26 +228,23 @@ class _Visible:
             last = (row + _BLOCK).clamp(max=self.query_len)
             some.append(((first < last) & (end > row)).any(dim=-1))
             every.append(((first <= row) & (end >= row + _BLOCK)).all(dim=-1))
-        return torch.cat(some, dim=2), torch.cat(every, dim=2)
+        return torch.cat(some, dim=2), torch.cat(every, dim=2), self.end > 0
 
     def _blocks_of_pairs(self) -> tuple[Tensor, Tensor, Tensor]:
         """By one pass over the mask and the bias, in pieces of bounded size."""
-        some, every = [], []
-        seen: Tensor | None = None
+        some, every, seen = [], [], []
         tensors = [t for t in (self.first, self.mask, self.finite) if t is not None]
         size = max(t.shape[0] for t in tensors) * max(t.shape[1] for t in tensors)
         step = max(1, _SCORES_PER_STEP // (size * self.first.shape[2] * _BLOCK)) * _BLOCK
         for begin in range(0, self.query_len, step):
             visible = self.rows(begin, min(begin + step, self.query_len))
-            now = visible.any(dim=2)
-            seen = now if seen is None else seen | now
+            seen.append(visible.any(dim=2))
             # Rows and keys that only fill a block up are not visible.
             missing = (0, -visible.shape[3] % _BLOCK, 0, -visible.shape[2] % _BLOCK)
             tiles = F.pad(visible, missing).unflatten(3, (-1, _BLOCK)).unflatten(2, (-1, _BLOCK))
             some.append(tiles.any(dim=5).any(dim=3))
             every.append(tiles.all(dim=5).all(dim=3))
-        assert seen is not None
-        return torch.cat(some, dim=2), torch.cat(every, dim=2), seen
+        return torch.cat(some, dim=2), torch.cat(every, dim=2), torch.stack(seen).any(dim=0)
 
 
 def _row_intervals(problem: Problem, selection: KeySelection | None) -> tuple[Tensor, Tensor]:
@@ -280,6 +275,11 @@ def _row_intervals(problem: Problem, selection: KeySelection | None) -> tuple[Te
     if end.dim() == 1:
         end = end[None, None]
     return first.expand_as(end).int(), end.clamp(min=0).int()
+
+
+def _compact(tensor: Tensor) -> Tensor:
+    """The same values with every expanded dimension of size 1 again."""
+    return tensor[tuple(slice(None if stride else 1) for stride in tensor.stride())]
 
 
 def _same_heads(tensor: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
