@@ -81,8 +81,8 @@ def dense_model(sizes: Sizes, text: Text) -> LlamaForCausalLM:
 
 
 def dynamic(model: nn.Module, size: int) -> nn.Module:
-    """A copy that reads `size` keys: sinks, a quarter the newest, the others by score."""
-    recent = size // 4
+    """A copy that reads `size` keys: sinks, half the others the newest, half by score."""
+    recent = size // 2
     return convert(
         copy.deepcopy(model), size - recent - SINKS, keep_recent=recent, keep_first=SINKS
     )

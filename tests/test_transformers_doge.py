@@ -226,6 +226,22 @@ def test_compiled_steps_over_a_static_cache():
     torch.testing.assert_close(torch.cat(logits, dim=1), whole, rtol=1e-4, atol=1e-5)
 
 
+def test_compiled_training():
+    """Without a mask Transformers, when compiled, takes every text for packed ones."""
+    model = fast(doge()).train()
+    inputs = {"input_ids": tokens(2, 30), "labels": tokens(2, 30), "use_cache": False}
+    model(**inputs).loss.backward()
+    expected = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    compiled(**inputs, attention_mask=torch.ones(2, 30, dtype=torch.long)).loss.backward()
+    for parameter, grad in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, grad, rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match=r"pass torch.ones_like\(input_ids\)"):
+        compiled(**inputs)
+
+
 def test_saved_models_load_as_plain_doge(tmp_path):
     model = doge()
     fast(model).save_pretrained(tmp_path)
@@ -247,8 +263,9 @@ def test_what_cannot_be_done_is_refused():
     with pytest.raises(TypeError, match=r"use apply_to_doge\(model\)"):
         with_attention(plain, "fsa")(tokens(1, 20))
     model = fast(plain)
-    with pytest.raises(ValueError, match="attention_mask: dynamic masks take padding"):
-        model(tokens(1, 20), attention_mask=torch.zeros(1, 1, 20, 20))
+    for mask in (torch.zeros(1, 1, 20, 20), torch.ones(1, 1, 20, 20, dtype=torch.bool)):
+        with pytest.raises(ValueError, match="attention_mask: dynamic masks take padding"):
+            model(tokens(1, 20), attention_mask=mask)
     cache = transformers.DynamicCache(config=plain.config)
     plain(tokens(1, 20), past_key_values=cache)
     with pytest.raises(ValueError, match="layer 0 holds keys without scores"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,9 @@ import torch
 from compare import assert_fair
 from torch import Tensor, nn
 
-transformers = pytest.importorskip("transformers", "5.17", reason="needs Transformers 5.17")
+with warnings.catch_warnings():  # of what it imports
+    warnings.simplefilter("ignore")
+    transformers = pytest.importorskip("transformers", "5.17", reason="needs Transformers 5.17")
 transformers.logging.set_verbosity_error()
 
 VOCABULARY = 300

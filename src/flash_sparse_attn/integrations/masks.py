@@ -6,7 +6,8 @@ a second call. It is one of
 * ``None``: causal (or, for encoders, nothing hidden), queries at the end of the keys;
 * bool ``[B, C]``: True for real tokens; keys from ``C`` on are unused memory of a cache;
 * int32 ``[N + 1]``: borders of packed texts in the rows one after another (`cu_seqlens`);
-* bool ``[B, 1, Q, K]``: anything else, complete in itself.
+* uint8 ``[B, 1, Q, K]``: causality and padding for a cache that counts its tokens on the device;
+* bool ``[B, 1, Q, K]``: anything else.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def make_mask(
     if isinstance(kv_offset, Tensor) and parts is not None:
         return _new_columns(attention_mask, kv_offset, kv_length)
     if isinstance(q_offset, Tensor) or parts is None:
-        return masking_utils.sdpa_mask(
+        mask = masking_utils.sdpa_mask(
             batch_size=batch_size,
             q_length=q_length,
             kv_length=kv_length,
@@ -68,6 +69,7 @@ def make_mask(
             use_vmap=use_vmap,
             device=device,
         )
+        return mask if parts is None else mask.to(torch.uint8)
     causal, texts = parts
     if texts is not None:
         return _borders(texts[:, 1:] != texts[:, :-1])
@@ -117,19 +119,21 @@ def new_token_mask(mask: Tensor | None, query_len: int, offset: int | Tensor) ->
         offset: Tokens before the first query, for masks that say which slot sees which.
 
     Raises:
-        ValueError: The mask is additive, so that it cannot be read as padding.
+        ValueError: The mask says more than what is padding.
     """
     if mask is None:
         return None
     if mask.dtype == torch.bool and mask.dim() == 2:
         return mask[:, mask.shape[1] - query_len :]
-    if mask.dtype == torch.bool and mask.dim() == 4:  # a real token sees itself
+    if mask.dtype == torch.uint8 and mask.dim() == 4:  # a real token sees itself
         own = torch.arange(query_len, device=mask.device) + offset
         own = own.view(1, 1, -1, 1).expand(*mask.shape[:2], -1, -1)
-        return mask.gather(3, own)[:, 0, :, 0]
+        return mask.gather(3, own)[:, 0, :, 0].bool()
     raise ValueError(
-        f"attention_mask: dynamic masks take padding as bool or 0/1 [B, tokens], got {mask.dtype} "
-        f"{tuple(mask.shape)}; a mask for every query and key cannot be combined with a selection"
+        "attention_mask: dynamic masks take padding as 0/1 [B, tokens], got a mask for every query "
+        f"and key, {mask.dtype} {tuple(mask.shape)}, which cannot be combined with a selection; "
+        "when compiling pass torch.ones_like(input_ids), because without a mask Transformers "
+        "makes one for packed texts"
     )
 
 
@@ -158,8 +162,14 @@ def _parts(mask_function: _MaskFunction) -> tuple[bool, Tensor | None] | None:
 
 
 def _flatten(mask_function: _MaskFunction) -> list[_MaskFunction]:
-    """The parts of which ``and_masks`` made a function."""
-    if getattr(mask_function, "__qualname__", "") != "and_masks.<locals>.and_mask":
+    """The parts of which ``and_masks`` made a function.
+
+    A part that counts positions within each text is causal, or a window, like what it wraps.
+    """
+    name = getattr(mask_function, "__qualname__", "")
+    if name.startswith("remap_positions_for_packed_sequence."):
+        return _flatten(_closure(mask_function)["mask_function"])
+    if name != "and_masks.<locals>.and_mask":
         return [mask_function]
     parts = _closure(mask_function)["mask_functions"]
     return [inner for part in parts for inner in _flatten(part)]

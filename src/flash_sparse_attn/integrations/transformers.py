@@ -194,8 +194,8 @@ def attention(
     elif attention_mask is not None:  # complete: causality, window, padding and all
         causal, newest = False, None
         attention_mask = attention_mask[..., : key.shape[1]]
-        if attention_mask.dtype == torch.bool:
-            visible = attention_mask
+        if attention_mask.dtype in (torch.bool, torch.uint8):
+            visible = attention_mask.bool()
         else:
             bias = attention_mask
 

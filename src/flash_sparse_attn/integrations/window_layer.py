@@ -67,6 +67,11 @@ class WindowLayer(CacheLayerMixin):
             device=value_states.device,
         )
         self.cumulative_length = self.cumulative_length.to(value_states.device)
+        if not torch.compiler.is_compiling():
+            # Compiled steps change these in place, which CUDA graphs take only at fixed addresses.
+            state = [x for x in vars(self.window).values() if isinstance(x, Tensor)]
+            for tensor in (*state, self.cumulative_length):
+                torch._dynamo.mark_static_address(tensor)
         self.is_initialized = True
 
     def update(
