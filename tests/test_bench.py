@@ -418,6 +418,31 @@ def test_verdicts_are_computed_from_rows(holds):
     assert all(str(verdict).startswith("met" if holds else "MISSED") for verdict in found)
 
 
+@pytest.mark.parametrize("holds", [True, False])
+def test_verdicts_of_gpus(holds):
+    """Limits of parts, and ratios to dense attention, FlexAttention and random scores."""
+    better = 1.01 if holds else 0.99
+
+    def passes(case, provider, seconds, selection=0.0):
+        total = row(case, provider, selection + 2 * seconds)
+        total["seconds"] |= {"selection": selection, "forward": seconds, "backward": seconds}
+        return total
+
+    rows = []
+    for case, limits in yardsticks._LIMITS.items():
+        one = row(case, "ours", 1.0)
+        one["seconds"] |= {part: limit / better for part, limit in limits.items()}
+        rows.append(one)
+    assert [one.holds for one in yardsticks.verdicts(rows)] == [holds] * 9
+
+    rows = [passes("gpu-b", "ours", 1e-3, 1e-4), passes("gpu-8192", "ours", 1e-3, 1e-4)]
+    rows += [passes("gpu-b", "flex", 1e-3 * better), row("gpu-8192", "sdpa-causal", 2.625e-3)]
+    rows += [passes("gpu-b-ar1", "ours", 1.15e-3 / better), passes("gpu-b-equal", "ours", 0.0, 1.0)]
+    rows[3]["seconds"]["total"] *= better
+    compared = yardsticks.verdicts(rows)[3:]
+    assert [one.holds for one in compared] == [holds, holds, False, holds]
+
+
 def test_no_verdict_without_its_rows_and_the_latest_row_counts():
     assert yardsticks.verdicts([row("cpu-16k-random", "ours", 1.0)]) == []
     rows = [

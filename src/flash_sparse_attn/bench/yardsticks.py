@@ -5,9 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .cases import PATTERNS
+from .cases import GPU_PATTERNS, PATTERNS
 from .console import format_bytes, format_seconds
 from .store import Row
+
+# Seconds that parts of a case may take on one H200.
+_LIMITS = {
+    "gpu-a": {"selection": 80e-6, "forward": 75e-6, "backward": 220e-6},
+    "gpu-b": {"selection": 200e-6, "forward": 3.0e-3, "backward": 8.5e-3},
+    "gpu-c": {"selection": 0.5e-3},
+    "gpu-1m": {"selection": 4e-3, "total": 0.5},
+}
+# How many times faster than dense causal SDPA, on GPUs, everything included.
+_FASTER_THAN_DENSE = {"gpu-c": 16, "gpu-8192": 1.25, "gpu-4096": 1}
+_WITH_FLEX = ("gpu-2048", "gpu-4096", "gpu-8192", "gpu-16384", "gpu-a", "gpu-b")
 
 
 @dataclass(frozen=True)
@@ -41,7 +52,46 @@ def verdicts(rows: list[Row]) -> list[Verdict]:
         compare(ours, (f"cpu-16k-{pattern}", "ours"), _independent_of_data)
     if row := latest.get(("cpu-select-1m", "ours")):
         found += _selection(row)
+
+    for case, limits in _LIMITS.items():
+        if row := latest.get((case, "ours")):
+            found += [_within(row, part, limit) for part, limit in limits.items()]
+    for case, factor in _FASTER_THAN_DENSE.items():
+        compare(
+            (case, "ours"),
+            (case, "sdpa-causal"),
+            lambda a, b, factor=factor: _faster("dense causal SDPA", a, b, factor),
+        )
+    for case in _WITH_FLEX:
+        compare((case, "ours"), (case, "flex"), _faster_than_flex)
+    for pattern in GPU_PATTERNS[1:]:
+        compare(("gpu-b", "ours"), (f"gpu-b-{pattern}", "ours"), _steady)
     return found
+
+
+def _within(row: Row, part: str, limit: float) -> Verdict:
+    seconds = row["seconds"][part]
+    text = f"{row['case']}: {part} in at most {format_seconds(limit)}"
+    return Verdict(text, format_seconds(seconds), seconds <= limit)
+
+
+def _passes(row: Row) -> float:
+    return row["seconds"]["forward"] + row["seconds"]["backward"]
+
+
+def _faster_than_flex(ours: Row, flex: Row) -> Verdict:
+    mine, its = _passes(ours), _passes(flex)
+    times = f"{format_seconds(its)} / {format_seconds(mine)} = {its / mine:.1f} times"
+    text = f"{ours['case']}: faster than FlexAttention, masks built before"
+    return Verdict(text, times, mine < its)
+
+
+def _steady(random: Row, row: Row) -> Verdict:
+    passes = _passes(row) / _passes(random)
+    selection = row["seconds"]["selection"] / random["seconds"]["selection"]
+    text = f"scores {row['pattern']}: attention at most 1.15, selection 1.5 times random scores"
+    measured = f"{passes:.2f}, {selection:.2f} times"
+    return Verdict(text, measured, passes <= 1.15 and selection <= 1.5)
 
 
 def _total(row: Row) -> float:
@@ -51,7 +101,8 @@ def _total(row: Row) -> float:
 def _faster(name: str, ours: Row, other: Row, factor: float) -> Verdict:
     ratio = _total(other) / _total(ours)
     times = f"{format_seconds(_total(other))} / {format_seconds(_total(ours))} = {ratio:.1f} times"
-    return Verdict(f"at least {factor} times faster than {name}", times, ratio >= factor)
+    text = f"{ours['case']}: at least {factor} times faster than {name}"
+    return Verdict(text, times, ratio >= factor)
 
 
 def _tenth_of_memory(ours: Row, other: Row) -> Verdict:
