@@ -27,6 +27,8 @@ SNIPPETS = snippets()
 
 @pytest.mark.parametrize("place", SNIPPETS)
 def test_snippet_runs(place):
+    if "transformers" in SNIPPETS[place]:
+        pytest.importorskip("transformers", "5.17")
     page, _, line = place.rpartition(":")
     # Empty lines before it make a traceback show the line of the page.
     code = compile("\n" * (int(line) - 1) + SNIPPETS[place], str(ROOT / page), "exec")
@@ -39,6 +41,8 @@ MAIN_USES = (
     "DynamicMaskAttention",
     "make_cache",
     "flash_sparse_attn_func",
+    "apply_to_doge",
+    "convert",
 )
 
 
