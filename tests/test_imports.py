@@ -20,6 +20,7 @@ PUBLIC = {
     "KeySelection",
     "WindowCache",
     "__version__",
+    "append_kvcache",
     "create_mask",
     "dynamic_mask_attn_func",
     "dynamic_mask_attn_varlen_func",
@@ -37,15 +38,16 @@ PUBLIC = {
 
 # A module imports only from layers above its own in this list; an entry stands for its submodules.
 LAYERS = (
-    {"_conflicts", "_version", "plan", "reference", "scores", "varlen"},
+    {"_conflicts", "_version", "plan", "quantize", "reference", "scores", "varlen"},
     {"intervals"},
     {"checks"},
-    {"problem", "utils", "window_state"},
+    {"cache_checks", "problem", "utils", "window_state"},
     {"backends"},
     {"dispatch", "selection"},
     {"attention"},
-    {"compat", "dynamic_mask", "window_cache"},
-    {"nn", "distributed", "integrations"},
+    {"compat", "dynamic_mask", "kvcache", "window_cache"},
+    {"distributed"},
+    {"nn", "integrations"},
     {""},  # the package itself: re-exports the public names
     {"info"},
     {"bench"},
@@ -54,7 +56,15 @@ LAYERS = (
 )
 NUMBER = {entry: number for number, layer in enumerate(LAYERS) for entry in layer}
 # Parts that are spread over several files; everything else in one layer stands apart.
-PARTS = ("backends.eager", "backends.triton", "bench", "demo", "integrations", "utils")
+PARTS = (
+    "backends.eager",
+    "backends.triton",
+    "bench",
+    "demo",
+    "distributed",
+    "integrations",
+    "utils",
+)
 
 
 def module_name(path: Path) -> str:

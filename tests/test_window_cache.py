@@ -17,7 +17,7 @@ from flash_sparse_attn.reference import attention_reference
 pytestmark = pytest.mark.filterwarnings("ignore:attention runs on the eager backend")
 
 BATCH, HEADS, KV_HEADS, DIM, LENGTH, WINDOW = 2, 4, 2, 8, 50, 6
-STATE = ("key", "value", "score", "position", "seen_tokens", "evicted_at")
+STATE = ("key", "value", "score", "position", "threshold", "seen_tokens", "evicted_at")
 KEPT = [(0, 0), (3, 0), (0, 4), (2, 3), (0, 9)]
 KINDS = ("random", "equal", "rising", "falling", "few values", "zeros of both signs", "some hidden")
 
@@ -99,7 +99,7 @@ def contents(cache: WindowCache) -> dict[str, torch.Tensor]:
     """The state with the slots in the order of positions, and zeros in those that are empty."""
     order = cache.position.argsort(-1)
     empty = cache.position.gather(-1, order) < 0
-    state = {name: getattr(cache, name) for name in ("seen_tokens", "evicted_at")}
+    state = {name: getattr(cache, name) for name in ("threshold", "seen_tokens", "evicted_at")}
     for name in ("score", "position"):
         state[name] = getattr(cache, name).gather(-1, order).masked_fill(empty, 0)
     for name in ("key", "value"):
@@ -330,7 +330,7 @@ def test_padding_may_hold_anything():
 def test_bytes_do_not_depend_on_the_length():
     cache = make_cache(keep_first=2, keep_recent=3)
     slots = BATCH * KV_HEADS * (WINDOW + 5)
-    expected = slots * (2 * DIM * 4 + 4 + 8) + 2 * BATCH * 8
+    expected = slots * (2 * DIM * 4 + 4 + 8) + BATCH * KV_HEADS * 8 + 2 * BATCH * 8
     assert cache.nbytes == expected
     addresses = {name: getattr(cache, name).data_ptr() for name in STATE}
     for size in (1, 3, 10, 200, 1000):
@@ -604,6 +604,41 @@ def test_survivors_are_the_live_keys_of_the_selection():
     prefill(cache, text, 0, 300)
     live = selection.to_dense(1)[:, :, 0]
     assert_holds_what_is_visible(cache, text, live)
+
+
+@pytest.mark.parametrize("sizes", [[1], [5]])
+def test_eight_bit_state(sizes):
+    """Every step is full recomputation from what is stored; a new token counts as it came."""
+    text = make_text()
+    cache = make_cache(dtype=torch.float8_e4m3fn, keep_recent=2)
+    visible = text.visible(keep_recent=2)
+    for begin, end in pieces(LENGTH, sizes):
+        before = copy.deepcopy(cache)
+        out = cache.step(**text.piece(begin, end))
+        stored = copy.deepcopy(text)
+        for name in ("key", "value"):
+            rows, scale = getattr(before, name).float(), getattr(before, f"{name}_scale")
+            for b in range(BATCH):
+                for h in range(KV_HEADS):
+                    held = before.position[b, h] >= 0
+                    number = before.position[b, h][held]
+                    factor = scale[b, h][held][:, None]
+                    getattr(stored, name)[b, number, h] = rows[b, h][held] * factor
+        truth, plain = (
+            stored.attention(visible, dtype)[0][:, begin:end]
+            for dtype in (torch.float64, torch.float32)
+        )
+        assert_fair(out, truth, plain)
+        errors = (stored.key[:, :begin] - text.key[:, :begin]).norm(dim=-1)
+        assert (errors <= 0.04 * text.key[:, :begin].norm(dim=-1)).all()
+    assert cache.key.dtype == torch.float8_e4m3fn
+    other = make_cache(dtype=torch.float8_e4m3fn, keep_recent=2)
+    other.load_state_dict(cache.state_dict())
+    assert torch.equal(other.key_scale, cache.key_scale)
+    with pytest.raises(TypeError, match=r"dtype: a cache of .* cannot become one of torch.float32"):
+        cache.to(dtype=torch.float32)
+    with pytest.raises(TypeError, match=r"dtype: a cache of .* cannot become one of torch.float8"):
+        make_cache().to(dtype=torch.float8_e4m3fn)
 
 
 @pytest.mark.gpu

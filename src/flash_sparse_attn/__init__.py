@@ -9,12 +9,12 @@ from .attention import (  # noqa: E402
     flash_sparse_attn_func,
     flash_sparse_attn_func_auto,
     flash_sparse_attn_varlen_func,
-    flash_sparse_attn_with_kvcache_func,
 )
 from .compat import backend_flag, flex_sparse_attn_func, triton_sparse_attn_func  # noqa: E402
 from .dispatch import explain_backends, get_available_backends  # noqa: E402
 from .dynamic_mask import dynamic_mask_attn_func, dynamic_mask_attn_varlen_func  # noqa: E402
 from .intervals import KeySelection  # noqa: E402
+from .kvcache import append_kvcache, flash_sparse_attn_with_kvcache_func  # noqa: E402
 from .nn import DynamicMaskAttention  # noqa: E402
 from .selection import prepare_selection, select_keys  # noqa: E402
 from .utils.mask import create_mask  # noqa: E402
@@ -25,6 +25,7 @@ __all__ = [
     "KeySelection",
     "WindowCache",
     "__version__",
+    "append_kvcache",
     "create_mask",
     "dynamic_mask_attn_func",
     "dynamic_mask_attn_varlen_func",

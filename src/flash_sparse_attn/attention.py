@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -148,71 +148,6 @@ def flash_sparse_attn_varlen_func(
         problem, query, key, value, attn_mask, attn_bias
     )
     return (out[0], lse[0]) if return_lse else out[0]
-
-
-def flash_sparse_attn_with_kvcache_func(
-    query: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    attn_mask: Mask = None,
-    attn_bias: Tensor | None = None,
-    *,
-    cache_seqlens: Tensor,
-    block_table: Tensor | None = None,
-    softmax_scale: float | None = None,
-    is_causal: bool | None = None,
-    softcap: float | None = None,
-    return_lse: bool = False,
-    backend: str | None = None,
-) -> Any:
-    """Attention of a few new queries over a cache of keys and values, for inference.
-
-    Sequence ``b`` has ``cache_seqlens[b]`` keys, and its queries are the last ones of it. The new
-    keys have to be in the cache already.
-
-    Args:
-        query: ``[B, Q, H, D]``.
-        k_cache: ``[B, K, Hkv, D]``; with `block_table` ``[num_pages, page_size, Hkv, D]``.
-        v_cache: As `k_cache`.
-        attn_mask: Bool ``({1|B}, {1|Hkv|H}, {1|Q}, {1|K})``, or a `KeySelection` of
-            ``[B, Hkv, K]``; with pages ``K = block_table.shape[1] * page_size``. Values past the
-            length are not read.
-        attn_bias: Float, of the same set of shapes.
-        cache_seqlens: int32 ``[B]``.
-        block_table: int32 ``[B, max_pages]``, the pages of every sequence in order.
-        softmax_scale, is_causal, softcap, return_lse, backend: As in `flash_sparse_attn_func`.
-
-    Returns:
-        ``out [B, Q, H, D]``, or ``(out, lse [B, H, Q])``.
-    """
-    dispatch.check_name(backend)
-    if block_table is not None:
-        checks.check_pages(k_cache, v_cache, block_table, cache_seqlens)
-        pages = block_table.clamp(min=0).long()
-        k_cache, v_cache = k_cache[pages].flatten(1, 2), v_cache[pages].flatten(1, 2)
-    checks.check_qkv(query, k_cache, v_cache)
-    checks.check_cache_seqlens(cache_seqlens, query, k_cache.shape[1])
-    _problem(query, k_cache, v_cache, attn_mask, attn_bias, softmax_scale, is_causal, softcap, None)
-    outs, lses = [], []
-    for row, length in enumerate(cache_seqlens.tolist()):
-        out, lse = flash_sparse_attn_func(
-            query[row : row + 1],
-            k_cache[row : row + 1, :length],
-            v_cache[row : row + 1, :length],
-            _cache_row(attn_mask, row, length, k_cache.shape[1]),
-            cast("Tensor | None", _cache_row(attn_bias, row, length, k_cache.shape[1])),
-            softmax_scale,
-            is_causal,
-            softcap,
-            return_lse=True,
-            backend=backend,
-        )
-        outs.append(out)
-        lses.append(lse)
-    if not outs:
-        outs = [torch.empty_like(query)]
-        lses = [query.new_empty(0, query.shape[2], query.shape[1], dtype=torch.float32)]
-    return (torch.cat(outs), torch.cat(lses)) if return_lse else torch.cat(outs)
 
 
 def flash_sparse_attn_func_auto(backend: str | None = None) -> Callable[..., Any]:
@@ -359,13 +294,3 @@ def _probabilities(
             softcap=problem.softcap,
         )
     return probs
-
-
-def _cache_row(mask: Mask, row: int, length: int, capacity: int) -> Mask:
-    """The part of a mask, bias or selection that belongs to one sequence of a cache."""
-    if isinstance(mask, KeySelection):
-        return mask.sequence(row, length)
-    if mask is None:
-        return None
-    part = mask[row : row + 1] if mask.shape[0] > 1 else mask
-    return part[..., :length] if mask.shape[-1] == capacity else part

@@ -306,56 +306,6 @@ def check_scores(scores: Tensor, key: Tensor, *, packed: bool = False) -> None:
         raise ValueError(f"scores: expected device {key.device}, got {scores.device}; move them")
 
 
-def check_cache_seqlens(cache_seqlens: Tensor, query: Tensor, capacity: int) -> None:
-    """int32 lengths ``[B]`` between 0 and the capacity of the cache."""
-    check_tensor("cache_seqlens", cache_seqlens, "[B]")
-    if cache_seqlens.dtype != torch.int32:
-        raise TypeError(
-            f"cache_seqlens: expected torch.int32, got {cache_seqlens.dtype}; use .int()"
-        )
-    if cache_seqlens.shape[0] != query.shape[0]:
-        raise ValueError(
-            f"cache_seqlens: expected [B] = ({query.shape[0]},), got {_shape(cache_seqlens)}"
-        )
-    if cache_seqlens.device != query.device:
-        raise ValueError(
-            f"cache_seqlens: expected device {query.device}, got {cache_seqlens.device}"
-        )
-    if looks_at_values(cache_seqlens) and cache_seqlens.numel():
-        low, high = int(cache_seqlens.min()), int(cache_seqlens.max())
-        if low < 0 or high > capacity:
-            raise ValueError(
-                f"cache_seqlens: expected lengths from 0 to the capacity {capacity}, "
-                f"got {low} to {high}"
-            )
-
-
-def check_pages(
-    k_cache: Tensor, v_cache: Tensor, block_table: Tensor, cache_seqlens: Tensor
-) -> None:
-    """Pages and the table that lists them; only pages below a sequence's length have to exist."""
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        check_tensor(name, cache, "[num_pages, page_size, Hkv, D]")
-    check_tensor("block_table", block_table, "[B, max_pages]")
-    if block_table.dtype != torch.int32:
-        raise TypeError(f"block_table: expected torch.int32, got {block_table.dtype}; use .int()")
-    check_tensor("cache_seqlens", cache_seqlens, "[B]")
-    if block_table.shape[0] != cache_seqlens.shape[0]:
-        raise ValueError(
-            f"block_table: expected {cache_seqlens.shape[0]} rows as in cache_seqlens, "
-            f"got {block_table.shape[0]}"
-        )
-    if looks_at_values(block_table):
-        page = torch.arange(block_table.shape[1], device=block_table.device)
-        needed = page < -(-cache_seqlens[:, None] // k_cache.shape[1])
-        bad = needed & ((block_table < 0) | (block_table >= k_cache.shape[0]))
-        if bad.any():
-            raise ValueError(
-                f"block_table: expected pages from 0 to {k_cache.shape[0] - 1}, got "
-                f"{block_table[bad].unique().tolist()}"
-            )
-
-
 def _check_number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number or None, got {value!r}")

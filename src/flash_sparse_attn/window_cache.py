@@ -15,12 +15,15 @@ from torch import Tensor
 
 from . import checks
 from .attention import flash_sparse_attn_func
-from .intervals import NEVER, order_key
+from .backends import eager_window, triton
+from .backends.triton import decode_ops
+from .intervals import NEVER
+from .quantize import FP8
 from .selection import KeySelection, select_keys
+from .window_state import EMPTY, SIZES, TENSORS, WindowState
 
-_TENSORS = ("key", "value", "score", "position", "seen_tokens", "evicted_at")
-_SIZES = ("window_size", "keep_first", "keep_recent")
-_Candidates = tuple[Tensor, Tensor, Tensor]
+# Tokens of a step for which the decoding kernels, which take them one by one, are fastest.
+_MAX_TOKENS = 8
 
 
 class WindowCache:
@@ -31,14 +34,21 @@ class WindowCache:
     score. Every batch entry and KV head keeps its own survivors. The stored state carries no
     graph: a step is differentiable in its own arguments, not in those of earlier calls.
 
+    On a GPU, `step` with up to 8 tokens of fp16 or bf16 runs two kernels for each, without autograd
+    and without waiting for the GPU, and can be captured in a CUDA graph: what decides is in the
+    state, at addresses that stay (but for `to`, and `reorder` to another batch size).
+
     Attributes:
         key: ``[B, Hkv, C, D]``, the survivors' keys in any order, with ``C = window_size +
             keep_first + keep_recent`` slots. A new key takes the slot of one that was evicted.
         value: ``[B, Hkv, C, D]``.
         score: fp32 ``[B, Hkv, C]``.
         position: int64 ``[B, Hkv, C]``, the number of real tokens before the key; -1: empty slot.
+        threshold: int64 ``[B, Hkv]``, the ``W``-th best score and position in one number.
         seen_tokens: int64 ``[B]``, the number of real tokens read.
         evicted_at: int64 ``[B]``, the value of `seen_tokens` when a key was last evicted.
+        key_scale, value_scale: fp32 ``[B, Hkv, C]``, what each stored key and value is multiplied
+            by, for a dtype of 8 bits; else ``None``.
 
     Args:
         batch_size: Number of sequences ``B``.
@@ -47,7 +57,9 @@ class WindowCache:
         window_size: ``W``, the number of best keys that a query sees.
         keep_first: First tokens that stay visible for ever, on top of the ``W``.
         keep_recent: Newest tokens that are visible whatever their score, on top of the ``W``.
-        dtype: dtype of keys and values; default: torch's default dtype.
+        dtype: dtype of keys and values; default: torch's default dtype. With
+            ``torch.float8_e4m3fn`` they are stored in 8 bits with a scale for each, and arrive in
+            16 or 32 bits.
         device: Device of the state; default: torch's default device.
         mode: ``"causal"``; the others are refused with the reason.
     """
@@ -56,8 +68,11 @@ class WindowCache:
     value: Tensor
     score: Tensor
     position: Tensor
+    threshold: Tensor
     seen_tokens: Tensor
     evicted_at: Tensor
+    key_scale: Tensor | None
+    value_scale: Tensor | None
 
     def __init__(
         self,
@@ -96,13 +111,22 @@ class WindowCache:
         self.value = torch.zeros_like(self.key)
         self.score = torch.zeros(slots, dtype=torch.float32, device=device)
         self.position = torch.full(slots, -1, dtype=torch.int64, device=device)
+        self.threshold = torch.full(slots[:2], EMPTY, dtype=torch.int64, device=device)
         self.seen_tokens = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.evicted_at = torch.zeros_like(self.seen_tokens)
+        self.key_scale = self.value_scale = None
+        if dtype == FP8:
+            self.key_scale, self.value_scale = torch.zeros_like(self.score), self.score.clone()
+
+    @property
+    def state(self) -> WindowState:
+        """The tensors and sizes as one record."""
+        return WindowState(*(getattr(self, name) for name in (*TENSORS, *SIZES)))
 
     @property
     def nbytes(self) -> int:
         """Bytes of the whole state. They do not depend on the length of the text."""
-        return sum(getattr(self, name).nbytes for name in _TENSORS)
+        return sum(tensor.nbytes for tensor in self.state.tensors())
 
     def prefill(
         self, key: Tensor, value: Tensor, scores: Tensor, *, key_mask: Tensor | None = None
@@ -119,8 +143,7 @@ class WindowCache:
             TypeError, ValueError: An argument does not fit. The cache is unchanged.
         """
         self._check(key, value, scores, key_mask)
-        candidates = self._candidates(scores, key_mask)
-        self._commit(key, value, candidates, self._kept(*candidates))
+        eager_window.Candidates(self.state, scores, key_mask).commit(key, value)
 
     def step(
         self,
@@ -164,31 +187,57 @@ class WindowCache:
             raise ValueError(
                 f"query: expected T = {key.shape[1]} tokens as in key, got {query.shape[1]}"
             )
-        score, position, _ = candidates = self._candidates(scores, key_mask)
-        kept = self._kept(*candidates)
-        intervals = self._intervals(score, position, kept)
-        sizes = (self.window_size, self.keep_first, self.keep_recent)
-        selection = KeySelection(*intervals, score.detach()[:, None], "causal", *sizes)
+        checks.check_options(softmax_scale, None)
+        checks.check_softcap(softcap)
+        if self._decodes(query, key, value, scores, backend):
+            options: dict[str, Any] = {"softmax_scale": softmax_scale, "softcap": softcap}
+            options |= {"key_mask": key_mask, "return_lse": return_lse}
+            return self.decode(query, key, value, scores, **options)
+        candidates = eager_window.Candidates(self.state, scores, key_mask)
+        selection, score, order = self._select(candidates)
 
         # Survivors differ from head to head: each (batch entry, KV head) is a batch entry here.
         batch, length, heads = query.shape[:3]
         kv_heads = key.shape[2]
         result = flash_sparse_attn_func(
             query.unflatten(2, (kv_heads, -1)).transpose(1, 2).flatten(0, 1),
-            _join(self.key, key),
-            _join(self.value, value),
+            eager_window.joined(self.key, self.key_scale, key, order),
+            eager_window.joined(self.value, self.value_scale, value, order),
             selection,
-            score[:, None, None],
+            score[:, :, None],
             softmax_scale,
             softcap=softcap,
             return_lse=return_lse,
             backend=backend,
         )
-        self._commit(key, value, candidates, kept)
+        candidates.commit(key, value)
 
-        out, lse = result if return_lse else (result, None)
+        out = result[0] if return_lse else result
         out = out.unflatten(0, (batch, kv_heads)).transpose(1, 2).reshape(query.shape)
-        return out if lse is None else (out, lse.reshape(batch, heads, length))
+        return (out, result[1].reshape(batch, heads, length)) if return_lse else out
+
+    def decode(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scores: Tensor,
+        *,
+        key_mask: Tensor | None = None,
+        softmax_scale: float | None = None,
+        softcap: float | None = None,
+        return_lse: bool = False,
+    ) -> Any:
+        """`step` for inference on a GPU, with the least host time: nothing is checked.
+
+        The arguments have to be right, as `step` would take them, in fp16 or bf16: a wrong shape
+        may read foreign memory. There are no gradients. Few tokens at a time; 1 is what it is for.
+        """
+        scale = self.key.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+        result = decode_ops.window_step(
+            query, key, value, scores, key_mask, self.state, scale, softcap or 0.0
+        )
+        return result if return_lse else result[0]
 
     def crop(self, length: int) -> None:
         """Forget all but the first `length` real tokens of every sequence (rejected guesses).
@@ -205,6 +254,7 @@ class WindowCache:
             )
         self.position.masked_fill_(self.position >= length, -1)
         self.seen_tokens.clamp_(max=length)
+        self.threshold.copy_(eager_window.threshold(self.state))
 
     def reorder(self, index: Tensor) -> None:
         """Let batch entry ``b`` continue what was entry ``index[b]`` (beam search).
@@ -223,8 +273,7 @@ class WindowCache:
             raise ValueError(
                 f"index: expected batch entries 0 ... {batch - 1}, got {index.tolist()}"
             )
-        for name in _TENSORS:
-            state = getattr(self, name)
+        for name, state in self._tensors().items():
             moved = state.index_select(0, index)
             # In place where possible, so that captured graphs keep their addresses.
             setattr(self, name, state.copy_(moved) if len(index) == batch else moved)
@@ -232,6 +281,7 @@ class WindowCache:
     def reset(self) -> None:
         """Forget the text; the memory stays."""
         self.position.fill_(-1)
+        self.threshold.fill_(EMPTY)
         self.seen_tokens.zero_()
         self.evicted_at.zero_()
 
@@ -239,14 +289,20 @@ class WindowCache:
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> WindowCache:
         """Move the state, in place, and return self. `dtype` is for keys and values alone."""
-        for name in _TENSORS:
-            kind = _float_dtype(dtype) if dtype and name in ("key", "value") else None
-            setattr(self, name, getattr(self, name).to(device=device, dtype=kind))
+        dtype = None if dtype is None else _float_dtype(dtype)
+        if dtype is not None and (dtype == FP8) != (self.key.dtype == FP8):
+            raise TypeError(
+                f"dtype: a cache of {self.key.dtype} cannot become one of {dtype}: keys of 8 bits "
+                "have scales; make another cache"
+            )
+        for name, state in self._tensors().items():
+            kind = dtype if name in ("key", "value") else None
+            setattr(self, name, state.to(device=device, dtype=kind))
         return self
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of all tensors, and the three window sizes."""
-        return {name: getattr(self, name).clone() for name in _TENSORS} | self._sizes()
+        return {name: state.clone() for name, state in self._tensors().items()} | self._sizes()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` of a cache of the same shape and window sizes gave.
@@ -254,15 +310,16 @@ class WindowCache:
         Raises:
             ValueError: An entry is missing or unknown, or differs in size. The cache is unchanged.
         """
-        if set(state) != {*_TENSORS, *_SIZES}:
-            raise ValueError(f"state: expected {[*_TENSORS, *_SIZES]}, got {list(state)}")
-        for name in (*_SIZES, *_TENSORS):
+        tensors, sizes = self._tensors(), self._sizes()
+        if set(state) != {*tensors, *sizes}:
+            raise ValueError(f"state: expected {[*tensors, *sizes]}, got {list(state)}")
+        for name in (*sizes, *tensors):
             own, new = getattr(self, name), state[name]
-            own, new = (own.shape, new.shape) if name in _TENSORS else (own, new)
+            own, new = (own.shape, new.shape) if name in tensors else (own, new)
             if own != new:
                 raise ValueError(f"state: expected {name} {own} as in this cache, got {new}")
-        for name in _TENSORS:
-            getattr(self, name).copy_(state[name])
+        for name, tensor in tensors.items():
+            tensor.copy_(state[name])
 
     def __repr__(self) -> str:
         batch, kv_heads, capacity, head_dim = self.key.shape
@@ -272,8 +329,43 @@ class WindowCache:
             f"{self.nbytes} bytes, {self.key.dtype}, device={self.key.device})"
         )
 
+    def _decodes(
+        self, query: Tensor, key: Tensor, value: Tensor, scores: Tensor, backend: str | None
+    ) -> bool:
+        """Whether the decoding kernels take this step."""
+        if backend not in (None, "cuda", "triton") or not 0 < query.shape[1] <= _MAX_TOKENS:
+            return False
+        if triton.unavailable() or decode_ops.unsupported(query, self.key):
+            return False
+        needs_grad = any(tensor.requires_grad for tensor in (query, key, value, scores))
+        return not (needs_grad and torch.is_grad_enabled())
+
+    def _select(
+        self, candidates: eager_window.Candidates
+    ) -> tuple[KeySelection, Tensor, Tensor | None]:
+        """The choice among candidates, their scores ``[B * Hkv, 1, C + T]``, and their order."""
+        score = candidates.score[:, None]
+        width, first, recent = self.state.sizes
+        if score.shape[-1] == self.key.shape[2] + 1 and not score.is_cuda:
+            # A single query sees what is kept, in whatever order.
+            start = torch.arange(score.shape[-1], dtype=torch.int32).expand(score.shape)
+            expiry = torch.where(candidates.kept[:, None], NEVER, start)
+            sizes = self.state.sizes
+            return KeySelection(start, expiry, score.detach(), "causal", *sizes), score, None
+        order = candidates.order()
+        score = score.gather(2, order[:, None])
+        real = candidates.position.gather(1, order) >= 0
+        selection = select_keys(
+            score.detach(), width, key_mask=real, keep_first=first, keep_recent=recent
+        )
+        return selection, score, order
+
+    def _tensors(self) -> dict[str, Tensor]:
+        named = {name: getattr(self, name) for name in TENSORS}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
     def _sizes(self) -> dict[str, int]:
-        return {name: getattr(self, name) for name in _SIZES}
+        return {name: getattr(self, name) for name in SIZES}
 
     def _check(self, key: Tensor, value: Tensor, scores: Tensor, key_mask: Tensor | None) -> None:
         """The new tokens fit this cache."""
@@ -286,9 +378,10 @@ class WindowCache:
                     f"{name}: expected [B, T, Hkv, D] = {expected} as in the cache, got "
                     f"{tuple(tensor.shape)}"
                 )
-            if (tensor.dtype, tensor.device) != (self.key.dtype, self.key.device):
+            dtype = key.dtype if self.key.dtype == FP8 else self.key.dtype
+            if (tensor.dtype, tensor.device) != (dtype, self.key.device) or dtype == FP8:
                 raise TypeError(
-                    f"{name}: expected {self.key.dtype} on {self.key.device} as in the cache, got "
+                    f"{name}: expected {dtype} on {self.key.device} as in the cache, got "
                     f"{tensor.dtype} on {tensor.device}; cast or move one of them with .to()"
                 )
         checks.check_scores(scores, key)
@@ -299,99 +392,6 @@ class WindowCache:
         checks.check_selection_arguments(
             scores, self.window_size, "causal", ("causal",), key_mask, None, 0, 0
         )
-
-    def _candidates(self, scores: Tensor, key_mask: Tensor | None) -> _Candidates:
-        """``[survivors | new tokens]``: scores and positions ``[B * Hkv, C + T]``; seen ``[B]``."""
-        if key_mask is None:
-            key_mask = torch.ones_like(scores[:, 0], dtype=torch.bool)
-        count = self.seen_tokens[:, None] + key_mask.cumsum(-1)
-        position = torch.where(key_mask, count - 1, -1)[:, None].expand(scores.shape)
-        return (
-            torch.cat([self.score, scores.float()], dim=-1).flatten(0, 1),
-            torch.cat([self.position, position], dim=-1).flatten(0, 1),
-            self.seen_tokens + key_mask.sum(-1),
-        )
-
-    def _kept(self, score: Tensor, position: Tensor, seen: Tensor) -> Tensor:
-        """The candidates visible after `seen` real tokens, bool ``[B * Hkv, C + T]``."""
-        occupied = position >= 0
-        # One integer holds the order: score, then position.
-        order = order_key(score.detach()[:, None], occupied)[:, 0].long() * 2**32
-        order += position.clamp(min=0)
-        best = order.topk(self.window_size, dim=-1, sorted=False).values
-        kept = order >= best.amin(-1, keepdim=True)
-        kept |= position < self.keep_first
-        kept |= position >= self._rows(seen) - self.keep_recent
-        return kept & occupied
-
-    def _intervals(self, score: Tensor, position: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-        """Start and expiry of candidates for queries from ``C`` on, ``[B * Hkv, 1, C + T]``."""
-        capacity, total = self.key.shape[2], score.shape[-1]
-        start = torch.arange(total, dtype=torch.int32, device=score.device).repeat(len(score), 1)
-        if total == capacity + 1:  # a single query sees exactly what is kept
-            return start[:, None], torch.where(kept, NEVER, start)[:, None]
-        occupied = position >= 0
-        order = start.long()
-        order[:, :capacity] = position[:, :capacity].argsort(-1)
-        score, key_mask = score.gather(1, order)[:, None], occupied.gather(1, order)
-        expiry = select_keys(score, self.window_size, key_mask=key_mask).expiry[:, 0]
-        expiry = torch.zeros_like(expiry).scatter(1, order, expiry)
-        expiry = torch.where(position < self.keep_first, NEVER, expiry)
-        if self.keep_recent:
-            # A key stops being recent when the new real token of this number (from 1) arrives.
-            number = position + self.keep_recent - self._rows(self.seen_tokens) + 1
-            arrived = occupied[:, capacity:].cumsum(-1)
-            expiry = torch.maximum(expiry, capacity + torch.searchsorted(arrived, number).int())
-        expiry = torch.where(expiry < total, expiry, NEVER)
-        seen = occupied & (expiry > start.clamp(min=capacity))
-        return start[:, None], torch.where(seen, expiry, start)[:, None]
-
-    @torch.no_grad()
-    def _commit(self, key: Tensor, value: Tensor, candidates: _Candidates, kept: Tensor) -> None:
-        """Empty the slots of evicted keys, and put the kept new ones into empty slots."""
-        score, position, seen = candidates
-        slots, (batch, length, kv_heads) = self.position.shape, key.shape[:3]
-        if length == 0:
-            return
-        # A newest token that is not kept was never visible: losing it takes nothing from the past.
-        lost = (position >= 0) & ~kept & (position < self._rows(seen) - 1)
-        evicted = lost.view(batch, -1).any(-1)
-        self.evicted_at.copy_(torch.where(evicted, seen, self.evicted_at))
-        self.seen_tokens.copy_(seen)
-
-        stays, enters = kept.view(batch, kv_heads, -1).split([slots[2], length], dim=-1)
-        self.position.masked_fill_(~stays, -1)
-        # The n-th kept new token goes to the n-th empty slot. There may be fewer of either: pairs
-        # without a slot repeat the first pair, and slots without a token get what they hold.
-        pairs = torch.arange(1, min(slots[2], length) + 1, device=seen.device)
-        empty = (~stays).cumsum(-1)
-        pairs = torch.where(pairs <= empty[..., -1:], pairs, 1)
-        slot = torch.searchsorted(empty, pairs).clamp(max=slots[2] - 1)
-        token = torch.searchsorted(enters.cumsum(-1), pairs)
-        entry = torch.arange(batch, device=seen.device)[:, None, None]
-        head = torch.arange(kv_heads, device=seen.device)[:, None]
-        is_new, token = token < length, token.clamp(max=length - 1)
-        new_score, new_position = (
-            t.view(*slots[:2], -1)[..., slots[2] :] for t in (score, position)
-        )
-        for state, new in (
-            (self.key, key[entry, token, head]),
-            (self.value, value[entry, token, head]),
-            (self.score, new_score.gather(2, token)),
-            (self.position, new_position.gather(2, token)),
-        ):
-            old = state[entry, head, slot]
-            mask = is_new.view(*is_new.shape, *[1] * (new.dim() - 3))
-            state[entry, head, slot] = torch.where(mask, new, old)
-
-    def _rows(self, per_entry: Tensor) -> Tensor:
-        """``[B]`` as a column for arrays of ``[B * Hkv, C + T]``."""
-        return per_entry[:, None].expand(-1, self.key.shape[1]).reshape(-1, 1)
-
-
-def _join(survivors: Tensor, new: Tensor) -> Tensor:
-    """``[B, Hkv, C, D]`` and ``[B, T, Hkv, D]`` as ``[B * Hkv, C + T, 1, D]``."""
-    return torch.cat([survivors, new.transpose(1, 2)], dim=2).flatten(0, 1).unsqueeze(2)
 
 
 def _float_dtype(dtype: torch.dtype) -> torch.dtype:
