@@ -83,16 +83,16 @@ def test_generation_token_by_token(options, cache):
     torch.testing.assert_close(logits, expected_logits, rtol=1e-4, atol=1e-5)
 
 
-def test_assisted_generation():
-    """Guesses are rolled back, which a window can while nothing was evicted."""
+@pytest.mark.parametrize("window", [WINDOW, 64])
+def test_assisted_generation(window):
+    """Guesses are rolled back, whatever keys they evicted."""
     model = fast(doge())
     for layer in model.model.layers:
-        layer.self_attn.keep_window_size = 64
-    expected, _ = greedy(model, tokens(1, 20), 12)
-    found = model.generate(
-        tokens(1, 20), max_new_tokens=12, do_sample=False, prompt_lookup_num_tokens=3
-    )
-    assert torch.equal(found[:, 20:], expected)
+        layer.self_attn.keep_window_size = window
+    text = tokens(1, 20).repeat(1, 2)  # so that there are guesses
+    expected, _ = greedy(model, text, 24)
+    found = model.generate(text, max_new_tokens=24, do_sample=False, prompt_lookup_num_tokens=3)
+    assert torch.equal(found[:, 40:], expected)
 
 
 def test_caches_hold_the_window_however_long_the_text():
@@ -277,14 +277,44 @@ def test_what_cannot_be_done_is_refused():
         model(tokens(1, 20))
 
 
-def test_rolling_back_padded_rows_is_refused():
-    model = fast(doge())
-    cache = transformers.DynamicCache(config=model.config)
-    mask = padding("left", 2, 6)
-    model(tokens(2, 6), attention_mask=torch.ones_like(mask), past_key_values=cache)
-    cache.crop(-2)
-    assert int(cache.get_seq_length()) == 4
-    cache.reset()
-    model(tokens(2, 6), attention_mask=mask, past_key_values=cache)
-    with pytest.raises(ValueError, match="where rows have padding"):
-        cache.crop(-2)
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("count", [1, 7, 9])
+def test_rolling_back_the_latest_pass(count, first):
+    """Padding and evictions included, twice in a row."""
+    model, text = fast(doge()), tokens(2, 60)
+    mask = torch.ones(2, 60, dtype=torch.long)
+    mask[0, :5] = mask[1, 33] = 0
+
+    def read(*parts: slice) -> tuple[transformers.Cache, torch.Tensor]:
+        cache = transformers.DynamicCache(config=model.config)
+        for part in parts:
+            seen = mask[:, : part.stop]
+            out = model(text[:, part], attention_mask=seen, past_key_values=cache)
+        return cache, out.logits
+
+    with torch.no_grad():
+        passes = [slice(0, 40)] if first else [slice(0, 30), slice(30, 40)]
+        cache, _ = read(*passes)
+        cache.crop(-count)
+        cache.crop(-1)
+        end = 40 - count - 1
+        assert int(cache.get_seq_length()) == end
+        rest = {"attention_mask": mask[:, :50], "past_key_values": cache}
+        found = model(text[:, end:50], **rest).logits
+        _, expected = read(slice(0, end), slice(end, 50))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_rolling_back_too_far_is_refused():
+    model, text = fast(doge()), tokens(2, 20)
+    for mask, reason in (
+        (torch.ones(2, 20), "a key was evicted"),
+        (padding("left", 2, 20), "padding"),
+    ):
+        cache = transformers.DynamicCache(config=model.config)
+        for end in (18, 19, 20):
+            begin = 0 if end == 18 else end - 1
+            seen = mask[:, :end].long()
+            model(text[:, begin:end], attention_mask=seen, past_key_values=cache)
+        with pytest.raises(ValueError, match=reason):
+            cache.crop(-4)

@@ -149,16 +149,12 @@ def attend(
     offset = 0 if window is None else window.cumulative_length - query.shape[1]
     key_mask = new_token_mask(mask, query.shape[1], offset)
     if window is not None and not window.is_empty:
-        assert window.window is not None  # made by `update`
         step = {name: options[name] for name in ("softmax_scale", "softcap")}
-        return window.window.step(query, key, value, scores, key_mask=key_mask, **step)
+        return window.step(query, key, value, scores, key_mask, **step)
     selection = select_keys(scores, sizes.window_size, key_mask=key_mask, **keep)
     _watch(module, selection)
     if window is not None:
-        assert window.window is not None
-        with torch.no_grad():
-            window.window.prefill(key, value, scores, key_mask=key_mask)
-        window.is_empty = False
+        window.read(key, value, scores, key_mask)
     return flash_sparse_attn_func(query, key, value, selection, scores[:, :, None], **options)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,11 +11,37 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, Stati
 from ..window_cache import WindowCache
 
 
+class _Tokens(NamedTuple):
+    """Arguments of `WindowCache.prefill`."""
+
+    key: Tensor
+    value: Tensor
+    scores: Tensor
+    key_mask: Tensor | None
+
+    def part(self, begin: int, end: int) -> _Tokens:
+        """Tokens `begin` to `end`, without a graph."""
+        mask = None if self.key_mask is None else self.key_mask[:, begin:end]
+        key, value = self.key[:, begin:end].detach(), self.value[:, begin:end].detach()
+        return _Tokens(key, value, self.scores[..., begin:end].detach(), mask)
+
+
+class _Undo(NamedTuple):
+    """A window's state before some tokens, and these tokens."""
+
+    state: dict[str, Any]
+    tokens: _Tokens
+
+
+GUESSES = 32
+"""Tokens of one pass that can be rolled back whatever they evicted (assisted generation)."""
+
+
 class WindowLayer(CacheLayerMixin):
     """The survivors of one attention layer, of ``window_size + keep_first + keep_recent`` slots.
 
-    `update` returns the new keys and values alone; the attention reads the survivors from `window`.
-    Shapes never change, so that a compiled step serves every token.
+    `update` returns the new keys and values alone; the attention calls `read` or `step`, which know
+    the survivors. Shapes never change, so that a compiled step serves every token.
 
     Args:
         window_size: Keys that a query sees by their scores.
@@ -36,6 +62,7 @@ class WindowLayer(CacheLayerMixin):
         self.cumulative_length = torch.tensor(0)
         self.is_initialized = False
         self.is_empty = True
+        self._undo: _Undo | None = None
 
     @property
     def keys(self) -> Tensor | None:
@@ -83,6 +110,34 @@ class WindowLayer(CacheLayerMixin):
         self.cumulative_length.add_(key_states.shape[-2])
         return key_states, value_states
 
+    def read(self, key: Tensor, value: Tensor, scores: Tensor, key_mask: Tensor | None) -> None:
+        """Take in the first tokens of a text; see `WindowCache.prefill`."""
+        assert self.window is not None  # made by `update`
+        last = max(0, key.shape[1] - GUESSES)
+        new = _Tokens(key, value, scores, key_mask)
+        with torch.no_grad():
+            _prefill(self.window, new.part(0, last))
+            self._undo = _Undo(self.window.state_dict(), new.part(last, key.shape[1]))
+            _prefill(self.window, self._undo.tokens)
+        self.is_empty = False
+
+    def step(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scores: Tensor,
+        key_mask: Tensor | None,
+        **options: Any,
+    ) -> Tensor:
+        """Attend from the next tokens and take them in; see `WindowCache.step`."""
+        assert self.window is not None
+        self._undo = None
+        if 1 < key.shape[1] <= GUESSES:
+            tokens = _Tokens(key.detach(), value.detach(), scores.detach(), key_mask)
+            self._undo = _Undo(self.window.state_dict(), tokens)
+        return self.window.step(query, key, value, scores, key_mask=key_mask, **options)
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, Any]:
         """Masks are for the new tokens: survivors are real tokens of the past, all of them."""
         return query_length, self.get_seq_length()
@@ -98,24 +153,33 @@ class WindowLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens (negative, as Transformers counts them).
 
+        Any number of the latest pass, if it had 2 to `GUESSES` tokens or was the first; further
+        back only to where no key had to go, and without padding.
+
         Raises:
             ValueError: A key was evicted after the remaining ones, or rows have padding.
         """
         count = abs(int(tokens_to_remove))
         if self.window is None or count == 0:
             return
-        seen = self.window.seen_tokens
-        if bool((seen != self.cumulative_length).any()):
-            raise ValueError(
-                "tokens_to_remove: a window cannot be rolled back where rows have padding, got "
-                f"{tokens_to_remove}; generate without an assistant, or without padding"
-            )
-        length = int(self.cumulative_length) - count
-        self.window.crop(length)
-        self.cumulative_length.fill_(length)
+        if self._undo is not None and count <= self._undo.tokens.key.shape[1]:
+            kept = self._undo.tokens.part(0, self._undo.tokens.key.shape[1] - count)
+            self._undo = _Undo(self._undo.state, kept)
+            self.window.load_state_dict(self._undo.state)
+            _prefill(self.window, kept)
+        else:
+            if bool((self.window.seen_tokens != self.cumulative_length).any()):
+                raise ValueError(
+                    "tokens_to_remove: a window cannot be rolled back that far where rows have "
+                    f"padding, got {tokens_to_remove}; leave the padding out"
+                )
+            self._undo = None
+            self.window.crop(int(self.cumulative_length) - count)
+        self.cumulative_length.sub_(count)
 
     def reset(self) -> None:
         """Forget the text; the memory stays."""
+        self._undo = None
         if self.window is not None:
             self.window.reset()
         self.cumulative_length.zero_()
@@ -123,6 +187,7 @@ class WindowLayer(CacheLayerMixin):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let row ``b`` continue what was row ``beam_idx[b]``."""
+        self._undo = None
         if self.window is not None:
             self.window.reorder(beam_idx.to(self.window.key.device))
 
@@ -151,6 +216,10 @@ class WindowLayer(CacheLayerMixin):
 
     def __repr__(self) -> str:
         return f"WindowLayer({self.window if self.window is not None else self.sizes})"
+
+
+def _prefill(window: WindowCache, tokens: _Tokens) -> None:
+    window.prefill(tokens.key, tokens.value, tokens.scores, key_mask=tokens.key_mask)
 
 
 def window_layer(
