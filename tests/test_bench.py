@@ -418,6 +418,12 @@ def test_verdicts_are_computed_from_rows(holds):
     assert all(str(verdict).startswith("met" if holds else "MISSED") for verdict in found)
 
 
+@pytest.mark.parametrize("out", [["--out", "/somewhere/rows"], ["--out=/somewhere/rows"], []])
+def test_the_command_of_a_row_holds_no_path(out, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x", "bench", "run", *out, "--repeats", "3"])
+    assert store.run_facts("cpu")["command"].endswith(" bench run --repeats 3")
+
+
 @pytest.mark.parametrize("holds", [True, False])
 def test_verdicts_of_gpus(holds):
     """Limits of parts, and ratios to dense attention, FlexAttention and random scores."""

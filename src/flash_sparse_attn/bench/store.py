@@ -66,7 +66,7 @@ def run_facts(device: str) -> Row:
         "hardware": info.hardware(device),
         "versions": info.versions(),
         "commit": info.commit(),
-        "command": shlex.join(["python", *_program(), *sys.argv[1:]]),
+        "command": shlex.join(["python", *_program(), *_arguments()]),
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 
@@ -77,6 +77,18 @@ def _program() -> list[str]:
     if script.parent.name == "benchmarks":
         return [f"benchmarks/{script.name}"]
     return ["-m", "flash_sparse_attn"]
+
+
+def _arguments() -> list[str]:
+    """The arguments of this program, less the file that rows go to: it says where, not what."""
+    rest = iter(sys.argv[1:])
+    kept = []
+    for argument in rest:
+        if argument == "--out":
+            next(rest, None)
+        elif not argument.startswith("--out="):
+            kept.append(argument)
+    return kept
 
 
 def append_rows(path: Path, rows: Iterable[Row]) -> None:
