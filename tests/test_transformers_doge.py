@@ -305,6 +305,26 @@ def test_rolling_back_the_latest_pass(count, first):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_cache_does_not_hold_the_text_it_read():
+    model = fast(doge())
+    cache = model(tokens(1, 290), use_cache=True).past_key_values
+    held = [x for layer in cache.layers for x in tensors_of(vars(layer))]
+    assert len(held) > 10
+    assert max(x.untyped_storage().nbytes() for x in held) <= 32 * 2 * 16 * 4
+
+
+def tensors_of(value: object) -> list[torch.Tensor]:
+    """All tensors anywhere inside a value."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if hasattr(value, "__dict__"):
+        value = vars(value)
+    inner = value.values() if isinstance(value, dict) else value
+    if isinstance(inner, (str, bytes)) or not hasattr(inner, "__iter__"):
+        return []
+    return [tensor for part in inner for tensor in tensors_of(part)]
+
+
 def test_rolling_back_too_far_is_refused():
     model, text = fast(doge()), tokens(2, 20)
     for mask, reason in (

@@ -25,6 +25,10 @@ class _Tokens(NamedTuple):
         key, value = self.key[:, begin:end].detach(), self.value[:, begin:end].detach()
         return _Tokens(key, value, self.scores[..., begin:end].detach(), mask)
 
+    def copied(self) -> _Tokens:
+        """The same in memory of their own."""
+        return _Tokens(*(None if x is None else x.clone() for x in self))  # type: ignore[arg-type]
+
 
 class _Undo(NamedTuple):
     """A window's state before some tokens, and these tokens."""
@@ -117,7 +121,8 @@ class WindowLayer(CacheLayerMixin):
         new = _Tokens(key, value, scores, key_mask)
         with torch.no_grad():
             _prefill(self.window, new.part(0, last))
-            self._undo = _Undo(self.window.state_dict(), new.part(last, key.shape[1]))
+            newest = new.part(last, key.shape[1]).copied()  # a view would hold the whole text
+            self._undo = _Undo(self.window.state_dict(), newest)
             _prefill(self.window, self._undo.tokens)
         self.is_empty = False
 
