@@ -36,10 +36,12 @@ def test_the_names_are_no_other_implementations():
         assert not any(part in name for part in ("flash", "sdpa", "flex_attention", "/"))
 
 
-def test_without_transformers_the_error_says_what_to_install():
+@pytest.mark.parametrize("found", ["None", "types.SimpleNamespace(__version__='5.16.1')"])
+def test_without_the_right_transformers_the_error_says_what_to_install(found):
     source = Path(integration.__file__).parents[2]
     code = (
-        f"import sys; sys.path.insert(0, {str(source)!r}); sys.modules['transformers'] = None\n"
+        f"import sys, types; sys.path.insert(0, {str(source)!r})\n"
+        f"sys.modules['transformers'] = {found}\n"
         "import flash_sparse_attn.integrations.transformers"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

@@ -18,6 +18,7 @@ from tiny_models import (
 )
 from torch import nn
 
+from flash_sparse_attn.integrations import transformers as integration
 from flash_sparse_attn.integrations.transformers import apply_to_doge
 from flash_sparse_attn.integrations.window_layer import WindowLayer
 
@@ -206,6 +207,27 @@ def test_half_precision(autocast):
         loss.backward()
         errors.append(abs(loss.item() - truth))
     assert errors[1] <= 2 * errors[0] + 2e-2
+
+
+def test_deterministic_name_is_passed_on(monkeypatch):
+    model, asked = fast(doge()), []
+    attend = integration.doge.attend
+
+    def remember(*args: object, **options: object) -> torch.Tensor:
+        asked.append(options["deterministic"])
+        return attend(*args, **options)
+
+    monkeypatch.setattr(integration.doge, "attend", remember)
+    model(tokens(1, 20))
+    model.set_attn_implementation("fsa_deterministic")
+    model(tokens(1, 20))
+    monkeypatch.setenv("FLASH_ATTENTION_DETERMINISTIC", "1")
+    model.set_attn_implementation("fsa")
+    model(tokens(1, 20))
+    assert asked == [None, None, True, True, True, True]
+    model.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match=r"attn_implementation: expected one of .* got 'eager'"):
+        model(tokens(1, 20))
 
 
 def test_compiled_steps_over_a_static_cache():

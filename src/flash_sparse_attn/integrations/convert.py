@@ -15,7 +15,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 
 from .. import checks
 from .dynamic import DynamicMask, DynamicMaskLayer
-from .names import NAMES
+from .names import is_deterministic
 from .window_layer import window_layer
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -37,12 +37,7 @@ class ConvertedLayer(DynamicMaskLayer):
         self, hidden_states: Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any
     ) -> Any:
         """As the dense layer's, with room in the cache for the window instead of all keys."""
-        name = self.config._attn_implementation  # type: ignore[attr-defined]
-        if name not in NAMES:
-            raise ValueError(
-                f"attn_implementation: expected one of {NAMES} in a converted model, got {name!r}, "
-                "which would attend to all keys; use set_attn_implementation"
-            )
+        is_deterministic(self.config)  # type: ignore[attr-defined]
         window = window_layer(past_key_values, self.layer_idx, self.settings.sizes)
         return super().forward(  # type: ignore[misc]
             hidden_states,

@@ -11,6 +11,7 @@ from transformers.models.doge import modeling_doge
 from .. import checks
 from .dynamic import DynamicMask, DynamicMaskLayer, attend
 from .keywords import attention_options
+from .names import is_deterministic
 from .window_layer import window_layer
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -39,7 +40,8 @@ class DogeDynamicAttention(modeling_doge.DogeAttention, DynamicMaskLayer):
     ) -> tuple[Tensor, None]:
         """As the parent's; the weights of the attention are never made, so None stands for them."""
         dropout = self.attention_dropout if self.training else 0.0
-        options = attention_options(self, self.scaling, dropout, kwargs)
+        keywords = {"deterministic": is_deterministic(self.config), **kwargs}
+        options = attention_options(self, self.scaling, dropout, keywords)
         window = window_layer(past_key_values, self.layer_idx, self.dynamic_mask.sizes)
         heads = (-1, self.head_dim)
         query = self.q_proj(hidden_states).unflatten(-1, heads)

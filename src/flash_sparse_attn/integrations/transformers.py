@@ -14,11 +14,15 @@ import torch
 from torch import Tensor, nn
 
 try:
+    import transformers
+
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 17):
+        raise ImportError(f"found Transformers {transformers.__version__}")
     from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 except ImportError as error:
     raise ImportError(
         "flash_sparse_attn.integrations.transformers needs Transformers 5.17 or newer; "
-        "pip install 'dynamic-mask-attention[transformers]'"
+        f"pip install 'dynamic-mask-attention[transformers]' ({error})"
     ) from error
 
 from ..attention import flash_sparse_attn_func, flash_sparse_attn_varlen_func
