@@ -67,16 +67,35 @@ def signature(kernel: Any, constants: dict[str, Any]) -> tuple[dict, dict, dict]
     values: dict[tuple[int], Any] = {}
     attributes: dict[tuple[int], list] = {}
     block = (constants["BLOCK_N"], constants["BLOCK_D"])
+    if constants["SLOTS"] == "keys":
+        block = (1, constants["BLOCK_N"], 1, constants["BLOCK_D"])
     tile = (1, constants["BLOCK_M"] // constants["GROUP"], constants["GROUP"], constants["BLOCK_D"])
-    absent = ("ptr_pair", "ptr_grad_pair", "ptr_epochs")
+    absent = ["ptr_epochs", "ptr_mask", "ptr_pairs"]
+    copied = ("ptr_start", "ptr_expiry", "ptr_visible", "ptr_entered", "ptr_slot_bias")
+    if constants["SLOTS"] == "copied":
+        absent += ["ptr_bits", "ptr_lists", "ptr_bias"]
+    elif constants["SLOTS"] == "gathered":
+        absent += copied
+    else:
+        absent += ["ptr_bits", "ptr_lists", "ptr_key", "ptr_counts", *copied]
     half = ("ptr_q", "ptr_k", "ptr_v", "ptr_out", "ptr_grad", "ptr_grad_q", "tiles_", "slots_")
-    single = ("ptr_lse", "ptr_norm", "ptr_delta", "ptr_slot_bias", "ptr_part")
+    single = (
+        "ptr_lse",
+        "ptr_peak",
+        "ptr_share",
+        "ptr_delta",
+        "ptr_slot_bias",
+        "ptr_bias",
+        "ptr_part",
+    )
     for index, param in enumerate(kernel.params):
         name = param.name
         if param.is_constexpr or name in absent:
             types[name] = "constexpr"
             values[(index,)] = constants.get(name)
-        elif name.startswith(("slots_", "tiles_")) and constants["TMA"]:
+        elif (name.startswith("slots_") and constants["TMA"]) or (
+            name.startswith("tiles_") and constants["TMA_Q"]
+        ):
             shape = ",".join(map(str, block if name.startswith("slots_") else tile))
             types[name] = f"tensordesc<bf16[{shape}]>"
         elif name.startswith(("ptr_", "slots_", "tiles_")):
@@ -116,7 +135,7 @@ def stack_frame(notes: str) -> int:
 
 
 @cache
-def compiled(target: str, head_dim: int, name: str) -> Compiled:
+def compiled(target: str, head_dim: int, name: str, slots: str = "copied") -> Compiled:
     """The kernel of the table for a target, bf16, groups of 4, with a bias per key."""
     arch, row, _ = TARGETS[target]
     tiles = getattr(config.tiles_for(row, head_dim), name)
@@ -127,7 +146,8 @@ def compiled(target: str, head_dim: int, name: str) -> Compiled:
         "BLOCK_D": config.padded_head_dim(head_dim), "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n, "STAGES": tiles.num_stages, "KEY_BIAS": "kv head",
         "PAIR_BIAS": False, "PAIR_GRAD": "none", "HAS_SOFTCAP": False, "CLAMPS": False,
-        "PACKED": False, "TMA": tiles.uses_tma, "TMA_Q": tiles.uses_tma,
+        "PACKED": False, "SLOTS": slots, "HAS_MASK": False, "MEMBERS": 1, "WORDS": 1,
+        "TMA": tiles.uses_tma and slots != "gathered", "TMA_Q": tiles.uses_tma,
         "TMA_GRAD": tiles.uses_tma, **dict.fromkeys(flags + needs, True),
     }  # fmt: skip
     kernel = KERNELS[name]
@@ -208,7 +228,7 @@ def test_forward_by_roles(group: int, has_bias: bool) -> None:
         "slots_start": f"i32{line},{gl.NVMMASharedLayout(0, 32, 2)!r}",
         "slots_expiry": f"i32{line},{gl.NVMMASharedLayout(0, 32, 2)!r}",
     }
-    pointers = {"ptr_out": "*bf16", "ptr_lse": "*fp32", "ptr_norm": "*fp32"}
+    pointers = {"ptr_out": "*bf16", **dict.fromkeys(("ptr_lse", "ptr_peak", "ptr_share"), "*fp32")}
     types, values, attributes = {}, {}, {}
     for index, param in enumerate(gluon_forward_kernel.params):
         name = param.name

@@ -15,7 +15,7 @@ import warnings
 from functools import cache
 from types import ModuleType
 
-from .backends import eager, flex, triton
+from .backends import eager, flex, sdpa, triton
 from .problem import Problem
 
 # Fastest first. "cuda" means the fastest kernels for an NVIDIA GPU: at present the portable ones.
@@ -57,6 +57,8 @@ def choose(problem: Problem, backend: str | None = None) -> ModuleType:
         return eager if problem.is_empty else module
     if problem.is_empty:  # nothing to launch, and gradients of zero
         return eager
+    if not sdpa.unsupported(problem):  # plain attention, which has no name of its own
+        return sdpa
     for module in _MODULES.values():
         # FlexAttention takes seconds to compile for every new form of a call, and on CPUs all of
         # Q x K in memory: that is for people to choose.

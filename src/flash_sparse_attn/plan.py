@@ -11,10 +11,16 @@ one list of key *slots*, which has two parts:
   position, each with the interval of positions that see it.
 
 The order depends on the past only: what comes later can hide a slot, never move it.
+
+Three kinds of slots serve all calls, see `Plan.slots`. A selection of keys has intervals, and its
+slots are *copied* to be read as blocks. A bool mask has one bit for each query and slot, and its
+slots are *gathered* from the keys, since nothing bounds their number. Where all keys are needed the
+slots are the *keys* themselves and the plan holds no lists.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
@@ -29,11 +35,14 @@ class Plan:
     """Epochs and their key slots. Immutable; a pytree of tensors; holds nothing about values.
 
     ``R`` is ``B * Hkv`` (packed: ``Hkv``), ``E`` the number of epochs, ``P`` the slots of an epoch,
-    ``Q`` and ``K`` the queries and keys of a batch entry (packed: of all sequences).
+    ``Q`` and ``K`` the queries and keys of a batch entry (packed: of all sequences). Plans of masks
+    have ``[{1|B}, {1|Hkv}]`` in the place of ``[R]``, and share what is the same for all. Instead
+    of ``E`` a list may have 1: the same slots serve all epochs.
 
     Attributes:
         slot_key: int32 ``[R, E, P]``, the key in each slot (packed: its row), -1 for none. Slots
-            past the last block of 128 that holds a key are not written.
+            past the last block of 128 that holds a key are not written. ``None`` if the slots are
+            the keys in order.
         slot_start: int32 ``[R, E, P]``, the first position that sees the key.
         slot_expiry: int32 ``[R, E, P]``, the first position that no longer does.
         counts: int32 ``[R, E, 2]``, the used slots of the old and of the new part.
@@ -42,10 +51,17 @@ class Plan:
         use_end: int64 ``[R * K]`` or ``None``: the uses of key ``j`` are the entries of `use_slot`
             from ``use_end[j - 1]`` to ``use_end[j]``.
         use_slot: int32 ``[R * E * P]`` or ``None``: ``epoch * P + slot`` of every use, epochs
-            rising.
+            rising. Without `use_end` it is ``[R, E, K]``: the slot of every key, -1 for none.
         epochs: int32 ``[E, 8]`` for packed sequences, else ``None``: first query, number of
             queries, position of the first, first key and number of keys of its sequence, the first
             epoch and the number of that sequence, and 0.
+        slot_bits: int32 ``[R, E, members, L / 32, P]`` or ``None``, instead of intervals: bit ``i``
+            of word ``w`` says whether query ``32 w + i`` of the epoch sees the slot, for each head
+            of a KV head if they differ.
+        block_bits: int32 ``[R, E, members, L / 32, P / 32, 2]``: whether each query sees any, and
+            all, of 32 slots.
+        mask: Bool ``({1|B}, {1|Hkv|H}, {1|Q}, {1|K})`` or ``None``, read by the kernels themselves
+            where the slots are the keys.
         epoch_len: ``L``.
         old_slots: Slots of the old part; the new part begins there.
         query_len: ``Q``.
@@ -54,12 +70,12 @@ class Plan:
             causality.
     """
 
-    slot_key: Tensor
-    slot_start: Tensor
-    slot_expiry: Tensor
-    counts: Tensor
-    visible: Tensor
-    entered: Tensor
+    slot_key: Tensor | None
+    slot_start: Tensor | None
+    slot_expiry: Tensor | None
+    counts: Tensor | None
+    visible: Tensor | None
+    entered: Tensor | None
     use_end: Tensor | None
     use_slot: Tensor | None
     epochs: Tensor | None
@@ -68,16 +84,50 @@ class Plan:
     query_len: int
     key_len: int
     clamps_positions: bool
+    slot_bits: Tensor | None = None
+    block_bits: Tensor | None = None
+    mask: Tensor | None = None
+
+    @property
+    def slots(self) -> str:
+        """``"copied"``, ``"gathered"`` or ``"keys"``; see the module."""
+        if self.slot_key is None:
+            return "keys"
+        return "copied" if self.slot_bits is None else "gathered"
+
+    @property
+    def is_selection(self) -> bool:
+        """Whether it was made from a selection: every row and epoch has a list of its own."""
+        return self.slot_key is not None and self.slot_key.dim() == 3
 
     @property
     def num_epochs(self) -> int:
         """``E``; for packed sequences an upper bound."""
-        return self.slot_key.shape[1]
+        if self.epochs is not None:
+            return self.epochs.shape[0]
+        return -(-self.query_len // self.epoch_len)
+
+    @property
+    def num_lists(self) -> int:
+        """Slot lists of a row: ``E``, or 1 for all epochs."""
+        return 1 if self.slot_key is None else self.slot_key.shape[-2]
 
     @property
     def num_slots(self) -> int:
         """``P``."""
-        return self.slot_key.shape[2]
+        return self.old_slots if self.slot_key is None else self.slot_key.shape[-1]
+
+    @property
+    def members(self) -> int:
+        """Heads of a KV head that `slot_bits` tells apart."""
+        return 1 if self.slot_bits is None else self.slot_bits.shape[-3]
+
+    def row_strides(self, heads_kv: int) -> tuple[int, int]:
+        """From one batch entry, and one KV head, to the next among the rows of the plan."""
+        if self.slot_key is None or self.is_selection:
+            return heads_kv, 1
+        batches, heads = self.slot_key.shape[:2]
+        return (heads if batches > 1 else 0), (1 if heads > 1 else 0)
 
     @property
     def nbytes(self) -> int:
@@ -92,8 +142,11 @@ class Plan:
 
     def tensors(self) -> list[Tensor]:
         """All tensors, empty ones in place of ``None``: what an operator can take and return."""
-        none = self.slot_key.new_empty(0)
-        parts = (getattr(self, name) for name in _TENSORS)
+        parts = [getattr(self, name) for name in _TENSORS]
+        some = next((part for part in parts if part is not None), None)
+        if some is None:
+            return []
+        none = some.new_empty(0, dtype=torch.int32)
         return [none if part is None else part for part in parts]
 
     @cached_property
@@ -105,18 +158,22 @@ class Plan:
     def facts(self) -> tuple[Any, ...]:
         """All that a kernel is told about the plan but the addresses."""
         alignments = tuple(address & 15 if address else -1 for address in self.addresses)
-        return self.slot_key.shape, self.sizes, self.clamps_positions, alignments
+        mask = None if self.mask is None else (self.mask.shape, self.mask.stride())
+        shapes = None if self.slot_key is None else self.slot_key.shape
+        return shapes, mask, self.sizes, self.clamps_positions, alignments
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy takes over: the fields, not the addresses of these tensors."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     @classmethod
-    def of(cls, tensors: list[Tensor], sizes: list[int], clamps_positions: bool) -> Plan:
-        """The inverse of `tensors` and `sizes`."""
+    def of(
+        cls, tensors: Sequence[Tensor | None], sizes: Sequence[int], clamps_positions: bool
+    ) -> Plan:
+        """The inverse of `tensors` and `sizes`; no tensors at all are as good as empty ones."""
         facts: dict[str, Any] = dict(zip(_SIZES, (*sizes, clamps_positions), strict=True))
-        for name, tensor in zip(_TENSORS, tensors, strict=True):
-            facts[name] = tensor if tensor.numel() else None
+        for name, tensor in zip(_TENSORS, tensors or [None] * len(_TENSORS), strict=True):
+            facts[name] = tensor if tensor is not None and tensor.numel() else None
         return cls(**facts)
 
     def fits(self, query_len: int, is_causal: bool, for_backward: bool) -> bool:
@@ -124,7 +181,7 @@ class Plan:
         return (
             self.query_len == query_len
             and self.clamps_positions != is_causal
-            and (self.use_end is not None or not for_backward)
+            and (self.use_slot is not None or not for_backward)
         )
 
     def bounds(self) -> list[tuple[int, int, int]]:
@@ -137,33 +194,45 @@ class Plan:
 
     def to_dense(self) -> Tensor:
         """The mask ``[R, Q, K]`` that kernels execute, from the slots alone. For tests: O(Q K)."""
-        rows = self.slot_key.shape[0]
-        dense = torch.zeros(
-            rows, self.query_len, self.key_len, dtype=torch.bool, device=self.slot_key.device
-        )
-        counts = self.counts.tolist()
+        assert self.slot_key is not None and self.counts is not None
+        rows, shape = self.slot_key.shape[:-2].numel(), (self.query_len, self.key_len)
+        dense = torch.zeros(rows, *shape, dtype=torch.bool, device=self.slot_key.device)
+        slot_key = self.slot_key.flatten(0, -3)
+        counts = self.counts.view(rows, -1, 2).tolist()
         for epoch, (first, num, position) in enumerate(self.bounds()):
             positions = torch.arange(position, position + num, device=dense.device)
             if self.clamps_positions:
                 positions = positions.clamp(min=0)
+            index = epoch if self.num_lists > 1 else 0
             for row in range(rows):
-                used_old, used_new = counts[row][epoch]
+                used_old, used_new = counts[row][index]
                 view = dense[row, first : first + num]
                 for begin, used in ((0, used_old), (self.old_slots, used_new)):
                     part = slice(begin, begin + used)
-                    start = self.slot_start[row, epoch, part]
-                    expiry = self.slot_expiry[row, epoch, part]
-                    sees = (start <= positions[:, None]) & (positions[:, None] < expiry)
-                    view[:, self.slot_key[row, epoch, part].long()] |= sees
+                    key = slot_key[row, index, part].long()
+                    view[:, key] |= self._sees(row, index, part, positions)
         return dense
 
+    def _sees(self, row: int, index: int, part: slice, positions: Tensor) -> Tensor:
+        """Which positions of an epoch see which slots; of heads told apart, whether any does."""
+        if self.slot_bits is not None:
+            words = self.slot_bits.flatten(0, 1)[row, index, :, :, part]
+            query = torch.arange(len(positions), device=words.device)
+            return ((words[:, query // 32] >> (query % 32)[:, None]) & 1).bool().any(0)
+        assert self.slot_start is not None and self.slot_expiry is not None
+        start = self.slot_start.flatten(0, -3)[row, index, part]
+        expiry = self.slot_expiry.flatten(0, -3)[row, index, part]
+        return (start <= positions[:, None]) & (positions[:, None] < expiry)
+
     def __repr__(self) -> str:
-        rows, epochs, slots = self.slot_key.shape
+        rows = 1 if self.slot_key is None else self.slot_key.shape[:-2].numel()
+        device = "" if self.slot_key is None else f", device={self.slot_key.device}"
         return (
-            f"Plan({rows} rows x {epochs} epochs of {self.epoch_len} queries x {slots} slots, "
-            f"Q={self.query_len} K={self.key_len}{', packed' if self.epochs is not None else ''}"
-            f"{', for backward' if self.use_end is not None else ''}, {self.nbytes >> 10} KiB, "
-            f"device={self.slot_key.device})"
+            f"Plan({rows} rows x {self.num_epochs} epochs of {self.epoch_len} queries x "
+            f"{self.num_slots} slots, {self.slots}, Q={self.query_len} K={self.key_len}"
+            f"{', packed' if self.epochs is not None else ''}"
+            f"{', for backward' if self.use_slot is not None else ''}, {self.nbytes >> 10} KiB"
+            f"{device})"
         )
 
 
@@ -177,6 +246,9 @@ _TENSORS = (
     "use_end",
     "use_slot",
     "epochs",
+    "slot_bits",
+    "block_bits",
+    "mask",
 )
 _SIZES = ("epoch_len", "old_slots", "query_len", "key_len", "clamps_positions")
 
@@ -186,6 +258,8 @@ _pytree.register_pytree_node(
         [getattr(plan, name) for name in _TENSORS],
         tuple(getattr(plan, name) for name in _SIZES),
     ),
-    lambda children, context: Plan(*children, *context),
+    lambda children, context: Plan(
+        **dict(zip(_TENSORS, children, strict=True)), **dict(zip(_SIZES, context, strict=True))
+    ),
     serialized_type_name="flash_sparse_attn.plan.Plan",
 )

@@ -13,7 +13,7 @@ from ...intervals import KeySelection
 from ...plan import Plan
 from ...problem import Problem
 from ...varlen import PackedSequences
-from . import ops
+from . import mask_ops, ops
 
 MIN_CAPABILITY = (8, 0)
 # The oldest version the kernels were run with.
@@ -71,11 +71,6 @@ def unsupported(problem: Problem) -> list[str]:
         reasons.append(f"it runs on GPUs, the tensors are on {problem.device}")
     if problem.dtype not in _DTYPES:
         reasons.append(f"it takes fp16 and bf16, query is {problem.dtype}; cast, or use autocast")
-    if problem.selection is None:
-        reasons.append(
-            "it takes a KeySelection, no bool mask and not none; "
-            "use select_keys, or backend='eager'"
-        )
     if problem.bias_dtype == torch.float64:
         reasons.append("it takes biases up to fp32, attn_bias is fp64; cast it")
     return reasons
@@ -110,8 +105,11 @@ def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    selection: KeySelection,
+    mask: Tensor | KeySelection | None,
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """``out [B, Q, H, D]`` and ``lse [B, H, Q]`` over the keys of a selection."""
-    return ops.attention(problem, query, key, value, selection, bias)
+    """``out [B, Q, H, D]`` and ``lse [B, H, Q]``."""
+    if isinstance(mask, KeySelection):
+        return ops.attention(problem, query, key, value, mask, bias)
+    plan = mask_ops.plan_of(problem, mask)
+    return ops.attend(problem, query, key, value, bias, plan)

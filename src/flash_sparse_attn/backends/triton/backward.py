@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from ...plan import Plan
-from .config import TileConfig, Tiles, architecture_of, tiles_for
+from .config import Tiles, architecture_of, tiles_for
 from .grad_key import run_grad_key
+from .grad_pair import run_grad_pair
 from .grad_query import Saved, run_grad_query
-from .inputs import Bias, Call
+from .inputs import Call
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,16 @@ def backward(
         ``None`` for those not asked for.
     """
     tiles = tiles or tiles_for(architecture_of(query.device), query.shape[-1])
-    saved = Saved(query, key, value, out, grad_out, norm, torch.empty_like(norm))
+    delta = torch.empty(norm.shape[1:], dtype=torch.float32, device=norm.device)
+    saved = Saved(query, key, value, out, grad_out, norm, delta)
     bias = call.bias if needs.bias else None
     grad_query = _fresh(needs.query, query)
     grad_bias: Tensor | None = None
+    if bias is not None and bias.tensor.shape[3] == 1:
+        # Adding one number to all scores of a row changes nothing.
+        grad_bias, bias = torch.zeros_like(bias.tensor, memory_format=torch.contiguous_format), None
     if bias is not None and not bias.is_per_key:
-        grad_bias = _pair_gradient(plan, saved, call, tiles.grad_query, grad_query, bias)
+        grad_bias = run_grad_pair(plan, saved, call, tiles.grad_query, grad_query, bias)
     else:
         run_grad_query(plan, saved, call, tiles.grad_query, grad_query)
     grad_key, grad_value = _fresh(needs.key, key), _fresh(needs.value, value)
@@ -77,42 +82,6 @@ def backward(
 
 def _fresh(wanted: bool, like: Tensor) -> Tensor | None:
     return torch.empty_like(like, memory_format=torch.contiguous_format) if wanted else None
-
-
-def _pair_gradient(
-    plan: Plan,
-    saved: Saved,
-    call: Call,
-    config: TileConfig,
-    grad_query: Tensor | None,
-    bias: Bias,
-) -> Tensor:
-    """Run the dQ kernel for a bias that depends on the query; returns the gradient of the bias."""
-    batch, query_len, num_heads, _ = saved.query.shape
-    key_len, heads_kv = saved.key.shape[1], bias.heads_kv
-    shape, dtype, device = bias.tensor.shape, bias.tensor.dtype, bias.tensor.device
-    if shape == (batch, num_heads, query_len, key_len):
-        pairs = torch.zeros(shape, dtype=dtype, device=device)
-        run_grad_query(plan, saved, call, config, grad_query, pairs)
-        return pairs
-    if shape[3] == 1:
-        sums = torch.empty(batch, num_heads, query_len, dtype=torch.float32, device=device)
-        run_grad_query(plan, saved, call, config, grad_query, sums)
-        return _sum_to(sums[..., None], shape, heads_kv).to(dtype)
-    # One KV head after the other, so that shared biases need no O(B H Q K) memory.
-    total = torch.zeros(shape, dtype=torch.float32, device=device)
-    for row in range(batch * heads_kv):
-        pairs = torch.zeros(bias.group, query_len, key_len, dtype=torch.float32, device=device)[
-            None
-        ]
-        run_grad_query(plan, saved, call, config, grad_query, pairs, range(row, row + 1))
-        i_batch = row // heads_kv if shape[0] > 1 else 0
-        i_head = row % heads_kv
-        if shape[1] == num_heads:
-            total[i_batch, i_head * bias.group : (i_head + 1) * bias.group] += pairs[0]
-        else:
-            total[i_batch, i_head if shape[1] > 1 else 0] += pairs[0].sum(0)
-    return total.to(dtype)
 
 
 def _sum_to(grad: Tensor, shape: torch.Size, heads_kv: int) -> Tensor:

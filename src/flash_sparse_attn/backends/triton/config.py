@@ -22,6 +22,9 @@ on 8, W = 2048, epochs of 2048 and 4096: 131072 tokens 42.5 and 42.8 (plan 0.25 
 346 and 341 (plan 2.1 and 1.4), but 32768 tokens 10.9 and 11.3. There W = 256 with epochs of 256,
 512, 1024: 2.84, 2.60, 2.51; W = 512: 4.36, 3.95, 3.77."""
 
+DIRECT_KEYS = 2048
+"""Up to so many keys the kernels read a bool mask themselves: to plan would take longer."""
+
 USES_AT_ONCE = 4
 """Contributions to one key that are loaded together when they are summed."""
 
@@ -185,6 +188,21 @@ def epoch_length(kept: int, keep_recent: int) -> int:
     """
     seen = max(1, kept + keep_recent)
     return min(MAX_EPOCH, max(128, 1 << (seen.bit_length() - 1)))
+
+
+def mask_epoch_length(query_len: int) -> int:
+    """Queries of an epoch of a plan from a mask: a short list of keys, and not too many sums."""
+    return min(1024, max(128, (1 << (query_len - 1).bit_length()) // 8))
+
+
+def dense_epoch_length(query_len: int, num_blocks: int) -> int:
+    """Queries of an epoch if one list serves them all, a multiple of `SLOT_ALIGN`.
+
+    The whole text, if `num_blocks` programs, one for each block of keys, keep a GPU busy in the
+    backward pass; else parts of it.
+    """
+    parts = max(1, min(512 // max(1, num_blocks), query_len // 256))
+    return -(-query_len // (parts * SLOT_ALIGN)) * SLOT_ALIGN
 
 
 def slot_rows(rows: int, elements: int, query: torch.Tensor, key: torch.Tensor) -> int:

@@ -1,8 +1,8 @@
 """Forward over epochs: every query tile walks the key slots of its epoch.
 
-Two loops without a branch: old blocks that the whole tile sees, without any mask; then the old
-blocks at the border and the new blocks, where positions are compared with intervals. A block gives
-the same bits in either loop, so that a key that dies later changes nothing before.
+Two loops without a branch: blocks that the whole tile sees, without any mask; then the blocks that
+it sees in part, where positions are compared with intervals, or bits are read. A block gives the
+same bits in either loop, so that a key that dies later changes nothing before.
 
 Grid: (row, epoch, tile). Symbols: ``R`` rows (batch x KV heads), ``E`` epochs, ``P`` slots, ``G``
 heads of a KV head, ``M`` rows of a tile, ``N`` slots of a block, ``D`` the head dimension.
@@ -16,26 +16,25 @@ import triton.language as tl
 from torch import Tensor
 
 from ...plan import Plan
-from .config import (
-    TileConfig,
-    architecture_of,
-    padded_head_dim,
-    role_config,
-    slot_rows,
-    tiles_for,
-)
-from .inputs import Call, is_aligned
+from .block_lists import tile_lists
+from .config import TileConfig, architecture_of, padded_head_dim, role_config, tiles_for
+from .inputs import Call, is_aligned, mask_strides, plan_flags, words_of_tile
 from .launch import launch
-from .slots import copy_slots, slot_dim
+from .slots import slot_chunks, slot_dim, slots_of, uses_descriptors
 from .tiles import (
     LOWEST,
+    bits_see,
     epoch_bounds,
+    key_blocks,
+    key_bounds,
     load_rows,
     load_slots,
     log2_bias,
     row_and_rest,
     row_offsets,
     scaled_scores,
+    slot_intervals,
+    slot_keys,
     softmax_update,
     store_rows,
     tile_blocks,
@@ -47,72 +46,138 @@ _INTS = (
     "key_len",
     "epoch_len",
     "num_epochs",
+    "num_lists",
     "num_tiles",
     "old_slots",
     "num_slots",
     "row_0",
+    "plan_b",
+    "plan_h",
     "sqb",
     "sqn",
     "sqh",
-    "spb",
-    "spk",
-    "spg",
-    "spq",
-    "spn",
+    "skb",
+    "skn",
+    "skh",
+    "svb",
+    "svn",
+    "svh",
+    "sbb",
+    "sbk",
+    "sbg",
+    "sbq",
+    "sbn",
+    "smb",
+    "smk",
+    "smg",
+    "smq",
+    "smn",
 )
 
 
 @triton.jit
 def _attend(
-    q, peak, total, acc, block, at, i_group, mask_row, slots_k, slots_v, slot_base, ptr_key,
-    ptr_start, ptr_expiry, ptr_slot_bias, ptr_pair, stride_member, spn, scale, softcap,
+    q, peak, total, acc, block, at, i_query, i_group, mask_row, i_batch, i_head, slots_k, slots_v,
+    slot_base, skn, svn, ptr_key, ptr_start, ptr_expiry, ptr_bits, word_0, num_words, num_slots,
+    key_0, num_keys, ptr_slot_bias, ptr_bias, stride_member, sbg, sbn, ptr_mask, smn, scale,
+    softcap,
     MASKED: tl.constexpr,
+    SLOTS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    CLAMPS: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    WORDS: tl.constexpr,
     KEY_BIAS: tl.constexpr,
     PAIR_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    D: tl.constexpr,
     SLOT_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    ALIGNED_KV: tl.constexpr,
     TMA: tl.constexpr,
 ):  # fmt: skip
     """Attend to one block of slots. Returns the new peak, total and accumulator."""
     slot = block * BLOCK_N + tl.arange(0, BLOCK_N)  # [N]
-    k = load_slots(slots_k, slot_base + block * BLOCK_N, SLOT_D, BLOCK_N, BLOCK_D, TMA)  # [N, D]
+    key = slot
+    if SLOTS != "copied" or PAIR_BIAS:
+        key = slot_keys(ptr_key, slot, key_0, num_keys, SLOTS)
+    k = load_slots(
+        slots_k, slot_base, block, key, i_batch, i_head, skn, SLOTS, D, SLOT_D, BLOCK_N, BLOCK_D,
+        ALIGNED_KV, TMA,
+    )  # [N, D]  # fmt: skip
     scores, _ = scaled_scores(tl.dot(q, tl.trans(k)), scale, softcap, HAS_SOFTCAP)  # [M, N]
     if KEY_BIAS == "kv head":
-        scores += tl.load(ptr_slot_bias + slot)[None, :]
+        if SLOTS == "copied":
+            scores += tl.load(ptr_slot_bias + slot)[None, :]
+        else:
+            bias = tl.load(ptr_bias + key.to(tl.int64) * sbn, mask=key >= 0, other=0.0)
+            scores += log2_bias(bias)[None, :]
     elif KEY_BIAS == "head":
-        offs = i_group.to(tl.int64) * stride_member
-        scores += tl.load(ptr_slot_bias + offs[:, None] + slot[None, :])
+        if SLOTS == "copied":
+            offs = i_group.to(tl.int64) * stride_member
+            scores += tl.load(ptr_slot_bias + offs[:, None] + slot[None, :])
+        else:
+            offs = (i_group * sbg)[:, None] + (key.to(tl.int64) * sbn)[None, :]
+            scores += log2_bias(tl.load(ptr_bias + offs, mask=(key >= 0)[None, :], other=0.0))
+    if MASKED:
+        if SLOTS == "gathered":
+            sees = bits_see(
+                ptr_bits, slot, i_query, i_group, word_0, num_words, num_slots, MEMBERS, WORDS,
+                False,
+            )  # fmt: skip
+        else:
+            start, expiry = slot_intervals(ptr_start, ptr_expiry, slot, num_keys, SLOTS, CLAMPS)
+            sees = (start[None, :] <= at[:, None]) & (at[:, None] < expiry[None, :])
+            if HAS_MASK:
+                sees &= mask_row[:, None]
+                offs = (key.to(tl.int64) * smn)[None, :]
+                sees &= tl.load(ptr_mask + offs, mask=sees, other=0) != 0
     if PAIR_BIAS:
-        key = tl.load(ptr_key + slot)
         seen = mask_row[:, None] & (key >= 0)[None, :]
-        pair = tl.load(ptr_pair + (key.to(tl.int64) * spn)[None, :], mask=seen, other=0.0)
+        if MASKED:
+            seen &= sees
+        pair = tl.load(ptr_bias + (key.to(tl.int64) * sbn)[None, :], mask=seen, other=0.0)
         scores += log2_bias(pair)
     if MASKED:
-        start = tl.load(ptr_start + slot)
-        expiry = tl.load(ptr_expiry + slot)
-        sees = (start[None, :] <= at[:, None]) & (at[:, None] < expiry[None, :])
         scores = tl.where(sees, scores, float("-inf"))
     probs, factor, peak, total = softmax_update(scores, peak, total)
-    v = load_slots(slots_v, slot_base + block * BLOCK_N, SLOT_D, BLOCK_N, BLOCK_D, TMA)  # [N, D]
+    v = load_slots(
+        slots_v, slot_base, block, key, i_batch, i_head, svn, SLOTS, D, SLOT_D, BLOCK_N, BLOCK_D,
+        ALIGNED_KV, TMA,
+    )  # [N, D]  # fmt: skip
+    if HAS_MASK and MASKED:
+        # A key that nobody sees may hold anything: 0 * NaN is NaN.
+        v = tl.where((tl.max(sees.to(tl.int32), 0) > 0)[:, None], v, 0.0)
     acc = tl.dot(probs.to(v.dtype), v, acc * factor[:, None])
     return peak, total, acc
 
 
 @triton.jit(do_not_specialize=_INTS)
 def forward_kernel(
-    ptr_q, slots_k, slots_v, ptr_out, ptr_lse, ptr_norm, ptr_key, ptr_start, ptr_expiry,
-    ptr_visible, ptr_entered, ptr_epochs, ptr_slot_bias, ptr_pair, scale, softcap, query_len,
-    key_len, epoch_len, num_epochs, num_tiles, old_slots, num_slots, row_0,
+    ptr_q, slots_k, slots_v, ptr_out, ptr_lse, ptr_peak, ptr_share, ptr_key, ptr_start, ptr_expiry,
+    ptr_visible, ptr_entered, ptr_epochs, ptr_bits, ptr_lists, ptr_mask, ptr_slot_bias, ptr_bias,
+    scale, softcap, query_len, key_len, epoch_len, num_epochs, num_lists, num_tiles, old_slots,
+    num_slots, row_0, plan_b, plan_h,
     sqb: tl.int64,
     sqn: tl.int64,
     sqh: tl.int64,
-    spb: tl.int64,
-    spk: tl.int64,
-    spg: tl.int64,
-    spq: tl.int64,
-    spn: tl.int64,
+    skb: tl.int64,
+    skn: tl.int64,
+    skh: tl.int64,
+    svb: tl.int64,
+    svn: tl.int64,
+    svh: tl.int64,
+    sbb: tl.int64,
+    sbk: tl.int64,
+    sbg: tl.int64,
+    sbq: tl.int64,
+    sbn: tl.int64,
+    smb: tl.int64,
+    smk: tl.int64,
+    smg: tl.int64,
+    smq: tl.int64,
+    smn: tl.int64,
     HEADS_KV: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
@@ -121,6 +186,10 @@ def forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
+    SLOTS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    WORDS: tl.constexpr,
     KEY_BIAS: tl.constexpr,
     PAIR_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -128,45 +197,73 @@ def forward_kernel(
     CLAMPS: tl.constexpr,
     PACKED: tl.constexpr,
     ALIGNED: tl.constexpr,
+    ALIGNED_KV: tl.constexpr,
     TMA: tl.constexpr,
 ):  # fmt: skip
-    """Output, natural log-sum-exp, and for backward the same in log 2 units, +inf in empty rows."""
+    """Output, natural log-sum-exp, and for backward each row's peak and 1 / total."""
     i_local, rest = row_and_rest(num_epochs * num_tiles)
     i_tile = num_epochs * num_tiles - 1 - rest
     i_epoch, i_tile = i_tile // num_tiles, i_tile % num_tiles
     i_row = row_0 + i_local
     i_batch, i_head = i_row // HEADS_KV, i_row % HEADS_KV
+    plan_row = i_batch * plan_b + i_head * plan_h
+    i_list = i_epoch % num_lists  # one for each epoch, or one for all
     first, num, position = epoch_bounds(i_epoch, ptr_epochs, query_len, key_len, epoch_len, PACKED)
+    key_0, num_keys = key_bounds(i_epoch, ptr_epochs, key_len, PACKED)
 
     row, i_query, i_group = tile_rows(i_tile, GROUP, BLOCK_M)  # [M]
     mask_row = row < num * GROUP
     at = position + i_query
     if CLAMPS:
         at = tl.maximum(at, 0)
+    num_words = epoch_len // 32
+    word_0 = i_tile * BLOCK_M // GROUP // 32
     num_full, num_old, num_new = 0, 0, 0
     if i_tile * BLOCK_M < num * GROUP:
+        begin = i_tile * BLOCK_M // GROUP
         last = tl.minimum((i_tile * BLOCK_M + BLOCK_M - 1) // GROUP, num - 1)
-        index = i_row * query_len + first
-        num_full, num_old, num_new = tile_blocks(
-            ptr_visible, ptr_entered, index + i_tile * BLOCK_M // GROUP, index + last, BLOCK_N
-        )
+        if SLOTS == "copied":
+            index = plan_row * query_len + first
+            num_full, num_old, num_new = tile_blocks(
+                ptr_visible, ptr_entered, index + begin, index + last, BLOCK_N
+            )
+        elif SLOTS == "keys":
+            num_full, num_old, num_new = key_blocks(
+                position + begin, position + last, num_keys, CLAMPS, HAS_MASK, BLOCK_N
+            )
+        else:
+            ptr_lists += ((plan_row * num_epochs + i_epoch) * num_tiles + i_tile) * (
+                num_slots // BLOCK_N + 2
+            )
+            num_full, num_old = tl.load(ptr_lists), tl.load(ptr_lists + 1)
 
     offs_head = i_head * GROUP + i_group
     offs_q = row_offsets(first + i_query, sqn, ALIGNED) + row_offsets(offs_head, sqh, ALIGNED)
     q = load_rows(ptr_q + row_offsets(i_batch, sqb, ALIGNED), offs_q, mask_row, D, BLOCK_D, True)
-    slot_base = tl.multiple_of((i_local * num_epochs + i_epoch) * num_slots, 128)
-    plan_base = tl.multiple_of((i_row * num_epochs + i_epoch) * num_slots, 128)
-    ptr_key += plan_base
-    ptr_start += plan_base
-    ptr_expiry += plan_base
-    stride_member = num_epochs.to(tl.int64) * num_slots
-    if KEY_BIAS == "kv head":
+    slot_base = tl.multiple_of((i_local * num_lists + i_list) * num_slots, 128)
+    plan_base = tl.multiple_of((plan_row * num_lists + i_list) * num_slots, 128)
+    if SLOTS != "keys":
+        ptr_key += plan_base
+    if SLOTS == "copied":
+        ptr_start += plan_base
+        ptr_expiry += plan_base
+    elif SLOTS == "gathered":
+        ptr_bits += plan_base * MEMBERS * num_words
+    if SLOTS != "copied" and not TMA:
+        slots_k += row_offsets(i_batch, skb, ALIGNED_KV) + row_offsets(i_head, skh, ALIGNED_KV)
+        slots_v += row_offsets(i_batch, svb, ALIGNED_KV) + row_offsets(i_head, svh, ALIGNED_KV)
+    stride_member = num_lists.to(tl.int64) * num_slots
+    if SLOTS == "copied" and KEY_BIAS == "kv head":
         ptr_slot_bias += slot_base
-    elif KEY_BIAS == "head":
-        ptr_slot_bias += (i_local * GROUP * num_epochs + i_epoch) * num_slots
+    elif SLOTS == "copied" and KEY_BIAS == "head":
+        ptr_slot_bias += (i_local * GROUP * num_lists + i_list) * num_slots
+    elif PAIR_BIAS or KEY_BIAS != "none":
+        ptr_bias += i_batch * sbb + i_head * sbk
     if PAIR_BIAS:
-        ptr_pair += i_batch * spb + i_head * spk
-        ptr_pair = ptr_pair + (i_group * spg + (first + i_query) * spq)[:, None]
+        ptr_bias = ptr_bias + (i_group * sbg + (first + i_query) * sbq)[:, None]
+    if HAS_MASK:
+        ptr_mask += i_batch * smb + i_head * smk
+        ptr_mask = ptr_mask + (i_group * smg + (first + i_query) * smq)[:, None]
 
     peak = tl.full([BLOCK_M], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -174,36 +271,49 @@ def forward_kernel(
     # Without these conditions ptxas finds a path into the loops on which it has to copy
     # accumulators, and then serializes every wgmma.
     if num_full > 0:
-        for block in tl.range(0, num_full, num_stages=STAGES):
+        for i in tl.range(0, num_full, num_stages=STAGES):
+            block = tl.load(ptr_lists + 2 + i) if SLOTS == "gathered" else i
             peak, total, acc = _attend(
-                q, peak, total, acc, block, at, i_group, mask_row, slots_k, slots_v, slot_base,
-                ptr_key, ptr_start, ptr_expiry, ptr_slot_bias, ptr_pair, stride_member, spn, scale,
-                softcap, False, KEY_BIAS, PAIR_BIAS, HAS_SOFTCAP, SLOT_D, BLOCK_N, BLOCK_D, TMA,
+                q, peak, total, acc, block, at, i_query, i_group, mask_row, i_batch, i_head,
+                slots_k, slots_v, slot_base, skn, svn, ptr_key, ptr_start, ptr_expiry, ptr_bits,
+                word_0, num_words, num_slots, key_0, num_keys, ptr_slot_bias, ptr_bias,
+                stride_member, sbg, sbn, ptr_mask, smn, scale, softcap, False, SLOTS, HAS_MASK,
+                CLAMPS, MEMBERS, WORDS, KEY_BIAS, PAIR_BIAS, HAS_SOFTCAP, D, SLOT_D, BLOCK_N,
+                BLOCK_D, ALIGNED_KV, TMA,
             )  # fmt: skip
     num_border = num_old - num_full
     new_block = old_slots // BLOCK_N - num_border
     if num_border + num_new > 0:
         for i in tl.range(0, num_border + num_new, num_stages=STAGES):
-            block = tl.where(i < num_border, num_full + i, new_block + i)
+            if SLOTS == "gathered":
+                block = tl.load(ptr_lists + 2 + num_full + i)
+            else:
+                block = tl.where(i < num_border, num_full + i, new_block + i)
             peak, total, acc = _attend(
-                q, peak, total, acc, block, at, i_group, mask_row, slots_k, slots_v, slot_base,
-                ptr_key, ptr_start, ptr_expiry, ptr_slot_bias, ptr_pair, stride_member, spn, scale,
-                softcap, True, KEY_BIAS, PAIR_BIAS, HAS_SOFTCAP, SLOT_D, BLOCK_N, BLOCK_D, TMA,
+                q, peak, total, acc, block, at, i_query, i_group, mask_row, i_batch, i_head,
+                slots_k, slots_v, slot_base, skn, svn, ptr_key, ptr_start, ptr_expiry, ptr_bits,
+                word_0, num_words, num_slots, key_0, num_keys, ptr_slot_bias, ptr_bias,
+                stride_member, sbg, sbn, ptr_mask, smn, scale, softcap, True, SLOTS, HAS_MASK,
+                CLAMPS, MEMBERS, WORDS, KEY_BIAS, PAIR_BIAS, HAS_SOFTCAP, D, SLOT_D, BLOCK_N,
+                BLOCK_D, ALIGNED_KV, TMA,
             )  # fmt: skip
 
     is_empty = total == 0
+    # In this order, or ptxas serializes wgmma again.
     acc = acc / tl.where(is_empty, 1.0, total)[:, None]
-    norm = peak + tl.log2(tl.where(is_empty, 1.0, total))
+    lse = (peak + tl.log2(tl.where(is_empty, 1.0, total))) / 1.4426950408889634
+    share = 1.0 / tl.where(is_empty, 1.0, total)
     HEADS: tl.constexpr = HEADS_KV * GROUP
     index = (i_batch * query_len + first + i_query) * HEADS + offs_head
     store_rows(ptr_out, index * D, mask_row, acc, D, BLOCK_D)
     index = (i_batch * HEADS + offs_head) * query_len + first + i_query
-    lse = tl.where(is_empty, float("-inf"), norm / 1.4426950408889634)
-    tl.store(ptr_lse + index, lse, mask=mask_row)
+    tl.store(ptr_lse + index, tl.where(is_empty, float("-inf"), lse), mask=mask_row)
     if HAS_NORM:
-        # In the order of rows, so that backward reads those of a tile at once.
+        # In the order of rows, so that backward reads those of a tile at once. Two numbers: beside
+        # a bias near the largest fp32 the logarithm of the total is lost.
         index = (i_row * query_len + first) * GROUP + row
-        tl.store(ptr_norm + index, tl.where(is_empty, float("inf"), norm), mask=mask_row)
+        tl.store(ptr_peak + index, tl.where(is_empty, float("inf"), peak), mask=mask_row)
+        tl.store(ptr_share + index, tl.where(is_empty, 0.0, share), mask=mask_row)
 
 
 def forward(
@@ -229,13 +339,15 @@ def forward(
             `gluon_forward.py` where that serves the call.
 
     Returns:
-        ``out [B, Q, H, D]``, ``lse`` fp32 ``[B, H, Q]``, and ``norm`` or ``None``: as many fp32 as
-        ``lse``, for `backward` alone.
+        ``out [B, Q, H, D]``, ``lse`` fp32 ``[B, H, Q]``, and ``norm`` or ``None``: fp32
+        ``[2, B, H, Q]``, for `backward` alone.
     """
     batch, query_len, num_heads, head_dim = query.shape
     heads_kv = key.shape[2]
     group = num_heads // heads_kv
-    roles = None if config else role_config(architecture_of(query.device), head_dim)
+    roles = None
+    if config is None and plan.is_selection:
+        roles = role_config(architecture_of(query.device), head_dim)
     if roles is not None:
         from .gluon_forward import gluon_forward  # only where its version of Triton is installed
 
@@ -244,23 +356,28 @@ def forward(
             return served
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = torch.empty(batch, num_heads, query_len, dtype=torch.float32, device=query.device)
-    norm = torch.empty_like(lse) if with_norm else None
+    norm = peak = share = None
+    if with_norm:
+        norm = torch.empty(2, *lse.shape, dtype=torch.float32, device=query.device)
+        peak, share = norm[0], norm[1]
     config = config or tiles_for(architecture_of(query.device), head_dim).forward
     num_tiles = triton.cdiv(plan.epoch_len * group, config.block_m)
-    rows = batch * heads_kv
-    chunk = slot_rows(rows, plan.num_epochs * plan.num_slots * slot_dim(head_dim), query, key)
-    for row in range(0, rows, chunk):
-        now = range(row, min(row + chunk, rows))
-        slots = copy_slots(plan, key, value, call.bias, now)
+    lists = tile_lists(plan, group, num_tiles, config.block_m, config.block_n)
+    uses_tma = uses_descriptors(plan, key, value, config)
+    for now in slot_chunks(plan, range(batch * heads_kv), query, key):
+        slots = slots_of(plan, key, value, call.bias, now)
         launch(forward_kernel, len(now) * plan.num_epochs * num_tiles)(
-            query, *slots.sources(config.block_n, config.uses_tma), out, lse, norm,
-            plan.slot_key, plan.slot_start, plan.slot_expiry, plan.visible, plan.entered,
-            plan.epochs, slots.bias, call.pair_tensor, *call.factors, query_len, plan.key_len,
-            plan.epoch_len, plan.num_epochs, num_tiles, plan.old_slots, plan.num_slots, row,
-            *query.stride()[:3], *call.pair_strides, HEADS_KV=heads_kv, GROUP=group, D=head_dim,
+            query, *slots.sources(config.block_n, uses_tma), out, lse, peak, share, plan.slot_key,
+            plan.slot_start, plan.slot_expiry, plan.visible, plan.entered, plan.epochs,
+            plan.slot_bits, lists, plan.mask, slots.bias, call.bias_tensor, *call.factors,
+            query_len, plan.key_len, plan.epoch_len, plan.num_epochs, plan.num_lists, num_tiles,
+            plan.old_slots, plan.num_slots, now.start, *plan.row_strides(heads_kv),
+            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *call.bias_strides,
+            *mask_strides(plan, heads_kv, group), HEADS_KV=heads_kv, GROUP=group, D=head_dim,
             SLOT_D=slot_dim(head_dim), BLOCK_D=padded_head_dim(head_dim), BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n, STAGES=config.num_stages, **call.flags, HAS_NORM=with_norm,
-            CLAMPS=plan.clamps_positions, PACKED=plan.epochs is not None,
-            ALIGNED=is_aligned(query), TMA=config.uses_tma, num_warps=config.num_warps,
+            BLOCK_N=config.block_n, STAGES=config.num_stages, **plan_flags(plan),
+            WORDS=words_of_tile(config.block_m, group), **call.flags, HAS_NORM=with_norm,
+            PACKED=plan.epochs is not None, ALIGNED=is_aligned(query),
+            ALIGNED_KV=is_aligned(key, value), TMA=uses_tma, num_warps=config.num_warps,
         )  # fmt: skip
     return out, lse, norm

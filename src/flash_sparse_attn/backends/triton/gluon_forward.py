@@ -242,7 +242,7 @@ def _step(
 @gluon.jit
 def _consume(
     buf_q, buf_k, buf_v, buf_bias, buf_start, buf_expiry, q_full, q_empty, k_full, v_full, empty,
-    turns, ptr_out, ptr_lse, ptr_norm, ptr_epochs, ptr_visible, ptr_entered, scale,
+    turns, ptr_out, ptr_lse, ptr_peak, ptr_share, ptr_epochs, ptr_visible, ptr_entered, scale,
     num_items, num_rows, row_0, num_epochs, num_tiles, query_len, key_len, epoch_len,
     HEADS_KV: gl.constexpr,
     GROUP: gl.constexpr,
@@ -335,8 +335,8 @@ def _consume(
         total = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, S))  # [64]
         is_empty = total == 0
         total = gl.where(is_empty, 1.0, total)
-        acc *= gl.convert_layout(1.0 / total, gl.SliceLayout(1, ACC))[:, None]
-        norm = peak + gl.log2(total)
+        share = 1.0 / total
+        acc *= gl.convert_layout(share, gl.SliceLayout(1, ACC))[:, None]
         i_row = (row_0 + i_local).to(gl.int64)
         i_batch, i_head = i_row // HEADS_KV, i_row % HEADS_KV * GROUP
         line = i_tile * BLOCK_M + offs_lines  # [64]
@@ -346,17 +346,19 @@ def _consume(
         gl.store(ptr_out + (index * D)[:, None] + offs_d[None, :], out, mask=is_row)
         is_row = row < num * GROUP
         index = (i_batch * HEADS + i_head + row % GROUP) * query_len + first + row // GROUP
-        gl.store(ptr_lse + index, gl.where(is_empty, float("-inf"), norm * _LN2), mask=is_row)
+        lse = gl.where(is_empty, float("-inf"), (peak + gl.log2(total)) * _LN2)
+        gl.store(ptr_lse + index, lse, mask=is_row)
         if HAS_NORM:
             index = (i_row * query_len + first) * GROUP + row
-            gl.store(ptr_norm + index, gl.where(is_empty, float("inf"), norm), mask=is_row)
+            gl.store(ptr_peak + index, gl.where(is_empty, float("inf"), peak), mask=is_row)
+            gl.store(ptr_share + index, gl.where(is_empty, 0.0, share), mask=is_row)
 
 
 @gluon.jit(do_not_specialize=_INTS)
 def gluon_forward_kernel(
-    tiles_q, slots_k, slots_v, slots_bias, slots_start, slots_expiry, ptr_out, ptr_lse, ptr_norm,
-    ptr_epochs, ptr_visible, ptr_entered, scale, num_items, num_rows, row_0, num_epochs, num_tiles,
-    query_len, key_len, epoch_len, old_slots, num_slots,
+    tiles_q, slots_k, slots_v, slots_bias, slots_start, slots_expiry, ptr_out, ptr_lse, ptr_peak,
+    ptr_share, ptr_epochs, ptr_visible, ptr_entered, scale, num_items, num_rows, row_0,
+    num_epochs, num_tiles, query_len, key_len, epoch_len, old_slots, num_slots,
     HEADS_KV: gl.constexpr,
     GROUP: gl.constexpr,
     BLOCK_M: gl.constexpr,
@@ -403,14 +405,14 @@ def gluon_forward_kernel(
         [
             (_consume, (
                 buf_q, buf_k, buf_v, buf_bias, buf_start, buf_expiry, q_full, q_empty, k_full,
-                v_full, empty, turns, ptr_out, ptr_lse, ptr_norm, ptr_epochs,
+                v_full, empty, turns, ptr_out, ptr_lse, ptr_peak, ptr_share, ptr_epochs,
                 ptr_visible, ptr_entered, scale, num_items, num_rows, row_0, num_epochs, num_tiles,
                 query_len, key_len, epoch_len, HEADS_KV, GROUP, BLOCK_M, BLOCK_N, D, BUFFERS,
                 TOGETHER, HAS_BIAS, HAS_NORM, CLAMPS, PACKED, 0,
             )),
             (_consume, (
                 buf_q, buf_k, buf_v, buf_bias, buf_start, buf_expiry, q_full, q_empty, k_full,
-                v_full, empty, turns, ptr_out, ptr_lse, ptr_norm, ptr_epochs,
+                v_full, empty, turns, ptr_out, ptr_lse, ptr_peak, ptr_share, ptr_epochs,
                 ptr_visible, ptr_entered, scale, num_items, num_rows, row_0, num_epochs, num_tiles,
                 query_len, key_len, epoch_len, HEADS_KV, GROUP, BLOCK_M, BLOCK_N, D, BUFFERS,
                 TOGETHER, HAS_BIAS, HAS_NORM, CLAMPS, PACKED, 1,
@@ -465,7 +467,8 @@ def gluon_forward(
         return None
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = torch.empty(batch, num_heads, query_len, dtype=torch.float32, device=query.device)
-    norm = torch.empty_like(lse) if with_norm else None
+    norm = lse.new_empty((2, *lse.shape)) if with_norm else None
+    peak, share = (None, None) if norm is None else (norm[0], norm[1])
     layout = gl.NVMMASharedLayout(128, 8 * query.element_size(), 4)
     tiles_q: Any = TensorDescriptor(query, tiles.shape, tiles.strides, tiles.block_shape, layout)
     block, line = [config.block_n, head_dim], [1, config.block_n]
@@ -477,11 +480,13 @@ def gluon_forward(
         slots = copy_slots(plan, key, value, call.bias, now)
         assert slots.key is not None and slots.value is not None
         num_items = len(now) * plan.num_epochs * num_tiles
+        assert plan.slot_start is not None and plan.slot_expiry is not None
         launch(gluon_forward_kernel, min(num_items, _multiprocessors(query.device)))(
             tiles_q, _describe(slots.key, block), _describe(slots.value, block),
             None if slots.bias is None else _describe(slots.bias, line),
-            _describe(plan.slot_start, line), _describe(plan.slot_expiry, line), out, lse, norm,
-            plan.epochs, plan.visible, plan.entered, call.factors[0], num_items, len(now), row,
+            _describe(plan.slot_start, line), _describe(plan.slot_expiry, line), out, lse, peak,
+            share, plan.epochs, plan.visible, plan.entered, call.factors[0], num_items, len(now),
+            row,
             plan.num_epochs, num_tiles, query_len, plan.key_len, plan.epoch_len, plan.old_slots,
             plan.num_slots, HEADS_KV=heads_kv, GROUP=group, BLOCK_M=config.block_m,
             BLOCK_N=config.block_n, D=head_dim, BUFFERS=config.buffers,

@@ -3,7 +3,8 @@
 1. `grad_key_kernel`: a block of slots walks the query tiles of its epoch that see it and owns what
    this epoch contributes, in fp32. Scores are transposed (keys x queries): Triton 3.4 to 3.7.0 can
    compile ``dot(trans(ds), q)`` wrongly for Hopper.
-2. `reduce_kernel`: every key adds the contributions of its epochs, in their order, and rounds once.
+2. `reduce.reduce_kernel`: every key adds the contributions of its epochs, in their order, and
+   rounds once.
 
 Symbols as in `forward.py`.
 """
@@ -18,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...plan import Plan
+from .block_lists import slot_lists
 from .config import (
     REDUCED_FLOATS,
     USES_AT_ONCE,
@@ -25,17 +27,23 @@ from .config import (
     padded_head_dim,
     partial_rows,
 )
-from .grad_query import Saved
-from .inputs import Call, is_aligned, query_tiles
-from .slots import copy_slots
+from .grad_query import Saved, num_query_tiles
+from .inputs import Call, is_aligned, mask_strides, plan_flags, query_tiles, words_of_tile
+from .launch import launch
+from .reduce import reduce_kernel
+from .slots import slots_of
 from .tiles import (
+    bits_see,
     epoch_bounds,
+    key_bounds,
     load_grads,
     load_rows,
     log2_bias,
     row_and_rest,
     row_offsets,
     scaled_scores,
+    slot_intervals,
+    slot_keys,
     store_rows,
     tile_rows,
 )
@@ -47,10 +55,14 @@ _INTS = (
     "key_len",
     "epoch_len",
     "num_epochs",
+    "num_lists",
+    "num_tiles",
     "num_blocks",
     "old_slots",
     "num_slots",
     "row_0",
+    "plan_b",
+    "plan_h",
     "sqb",
     "sqn",
     "sqh",
@@ -64,20 +76,30 @@ _INTS = (
     "sgn",
     "sgh",
     "sgd",
-    "spb",
-    "spk",
-    "spg",
-    "spq",
-    "spn",
+    "sbb",
+    "sbk",
+    "sbg",
+    "sbq",
+    "sbn",
+    "smb",
+    "smk",
+    "smg",
+    "smq",
+    "smn",
 )
 
 
 @triton.jit
 def _add_tile(
     k, v, bias, start, expiry, grad_k, grad_v, grad_bias, i_tile, i_batch, i_head, first, num,
-    position, key, tiles_q, tiles_grad, ptr_norm, ptr_delta, ptr_slot_bias, ptr_pair,
-    stride_member, sqn, sqh, sgn, sgh, sgd, spg, spq, spn, scale, softcap,
+    position, slot, key, tiles_q, tiles_grad, ptr_peak, ptr_share, ptr_delta, ptr_bits, num_words,
+    num_slots, ptr_slot_bias, ptr_bias, ptr_mask, stride_member, sqn, sqh, sgn, sgh, sgd, sbg, sbq,
+    sbn, smg, smq, smn, scale, softcap,
     MASKED: tl.constexpr,
+    SLOTS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    WORDS: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -122,30 +144,53 @@ def _add_tile(
             GRAD_ALIGNED,
         ).to(q.dtype)  # [M, D]
     # Rows past the end of the epoch have no probability.
-    norm = tl.load(ptr_norm + row, mask=mask_row, other=_INF)  # [M]
+    peak = tl.load(ptr_peak + row, mask=mask_row, other=_INF)  # [M]
+    share = tl.load(ptr_share + row, mask=mask_row, other=0.0)  # [M]
     scores, tanh = scaled_scores(tl.dot(k, tl.trans(q)), scale, softcap, HAS_SOFTCAP)  # [N, M]
     if KEY_BIAS == "kv head":
         scores += bias[:, None]
     elif KEY_BIAS == "head":
-        offs_n = tl.arange(0, k.shape[0])
-        offs = i_group.to(tl.int64) * stride_member
-        scores += tl.load(ptr_slot_bias + offs_n[:, None] + offs[None, :])
-    if PAIR_BIAS:
-        offs = i_group * spg + (first + i_query) * spq
-        ptrs = ptr_pair + (key.to(tl.int64) * spn)[:, None] + offs[None, :]
-        scores += log2_bias(tl.load(ptrs, mask=(key >= 0)[:, None] & mask_row[None, :], other=0.0))
+        if SLOTS == "copied":
+            offs_n = tl.arange(0, k.shape[0])
+            offs = i_group.to(tl.int64) * stride_member
+            scores += tl.load(ptr_slot_bias + offs_n[:, None] + offs[None, :])
+        else:
+            offs = (key.to(tl.int64) * sbn)[:, None] + (i_group * sbg)[None, :]
+            scores += log2_bias(tl.load(ptr_bias + offs, mask=(key >= 0)[:, None], other=0.0))
     if MASKED:
-        at = position + i_query
-        if CLAMPS:
-            at = tl.maximum(at, 0)
-        sees = (start[:, None] <= at[None, :]) & (at[None, :] < expiry[:, None])
+        if SLOTS == "gathered":
+            word_0 = i_tile * BLOCK_M // GROUP // 32
+            sees = bits_see(
+                ptr_bits, slot, i_query, i_group, word_0, num_words, num_slots, MEMBERS, WORDS,
+                True,
+            )  # fmt: skip
+        else:
+            at = position + i_query
+            if CLAMPS:
+                at = tl.maximum(at, 0)
+            sees = (start[:, None] <= at[None, :]) & (at[None, :] < expiry[:, None])
+            if HAS_MASK:
+                sees &= mask_row[None, :]
+                offs = i_group * smg + (first + i_query) * smq
+                offs = (key.to(tl.int64) * smn)[:, None] + offs[None, :]
+                sees &= tl.load(ptr_mask + offs, mask=sees, other=0) != 0
+    if PAIR_BIAS:
+        offs = i_group * sbg + (first + i_query) * sbq
+        seen = (key >= 0)[:, None] & mask_row[None, :]
+        if MASKED:
+            seen &= sees
+        offs = (key.to(tl.int64) * sbn)[:, None] + offs[None, :]
+        scores += log2_bias(tl.load(ptr_bias + offs, mask=seen, other=0.0))
+    if MASKED:
         scores = tl.where(sees, scores, -_INF)
-    probs = tl.exp2(scores - norm[None, :])
+    probs = tl.exp2(scores - peak[None, :]) * share[None, :]
     if NEEDS_VALUE:
         grad_v = tl.dot(probs.to(grad.dtype), grad, grad_v)
     if NEEDS_KEY or NEEDS_BIAS:
         delta = tl.load(ptr_delta + row, mask=mask_row, other=0.0)  # [M]
         grad_scores = probs * (tl.dot(v, tl.trans(grad)) - delta[None, :])  # [N, M]
+        if HAS_MASK and MASKED:
+            grad_scores = tl.where(sees, grad_scores, 0.0)  # a hidden key may hold NaN
         if NEEDS_BIAS:
             if KEY_BIAS == "head":
                 for member in tl.static_range(GROUP):
@@ -163,10 +208,11 @@ def _add_tile(
 
 @triton.jit(do_not_specialize=_INTS)
 def grad_key_kernel(
-    tiles_q, ptr_k, ptr_v, tiles_grad, ptr_norm, ptr_delta, ptr_part_k, ptr_part_v, ptr_part_bias,
-    ptr_key, ptr_start, ptr_expiry, ptr_counts, ptr_epochs, ptr_slot_bias, ptr_pair, scale,
-    softcap, softmax_scale, query_len, key_len, epoch_len, num_epochs, num_blocks, old_slots,
-    num_slots, row_0,
+    tiles_q, ptr_k, ptr_v, tiles_grad, ptr_peak, ptr_share, ptr_delta, ptr_part_k, ptr_part_v,
+    ptr_part_bias, ptr_key, ptr_start, ptr_expiry, ptr_counts, ptr_epochs, ptr_bits, ptr_lists,
+    ptr_mask, ptr_slot_bias, ptr_bias, scale, softcap, softmax_scale, query_len, key_len,
+    epoch_len, num_epochs, num_lists, num_tiles, num_blocks, old_slots, num_slots, row_0, plan_b,
+    plan_h,
     sqb: tl.int64,
     sqn: tl.int64,
     sqh: tl.int64,
@@ -180,11 +226,16 @@ def grad_key_kernel(
     sgn: tl.int64,
     sgh: tl.int64,
     sgd: tl.int64,
-    spb: tl.int64,
-    spk: tl.int64,
-    spg: tl.int64,
-    spq: tl.int64,
-    spn: tl.int64,
+    sbb: tl.int64,
+    sbk: tl.int64,
+    sbg: tl.int64,
+    sbq: tl.int64,
+    sbn: tl.int64,
+    smb: tl.int64,
+    smk: tl.int64,
+    smg: tl.int64,
+    smq: tl.int64,
+    smn: tl.int64,
     HEADS_KV: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_PAD: tl.constexpr,
@@ -193,6 +244,10 @@ def grad_key_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
+    SLOTS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    WORDS: tl.constexpr,
     KEY_BIAS: tl.constexpr,
     PAIR_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -212,40 +267,64 @@ def grad_key_kernel(
     i_epoch, i_block = rest // num_blocks, rest % num_blocks
     i_row = row_0 + i_local
     i_batch, i_head = i_row // HEADS_KV, i_row % HEADS_KV
+    plan_list = (i_batch * plan_b + i_head * plan_h) * num_lists
+    plan_list += i_epoch % num_lists
     slot_0 = i_block * BLOCK_N
     part = (slot_0 >= old_slots).to(tl.int32)
-    used = tl.load(ptr_counts + (i_row * num_epochs + i_epoch) * 2 + part)
+    key_0, used = key_bounds(i_epoch, ptr_epochs, key_len, PACKED)
+    num_keys = used
+    if SLOTS != "keys":
+        used = tl.load(ptr_counts + plan_list * 2 + part)
     if slot_0 - part * old_slots < used:
         first, num, position = epoch_bounds(
             i_epoch, ptr_epochs, query_len, key_len, epoch_len, PACKED
         )
         slot = slot_0 + tl.arange(0, BLOCK_N)  # [N]
-        plan_base = tl.multiple_of((i_row * num_epochs + i_epoch) * num_slots, 128)
-        key = tl.load(ptr_key + plan_base + slot)
-        start = tl.load(ptr_start + plan_base + slot)
-        expiry = tl.load(ptr_expiry + plan_base + slot)
-
-        # Queries of the epoch, from its first on, that see any of the slots, and that see all.
-        end = tl.maximum(position + num, 0)
-        from_any = tl.maximum(tl.min(start, 0) - position, 0)
-        to_any = tl.minimum(tl.minimum(tl.max(expiry, 0), end) - position, num)
-        from_all = tl.maximum(tl.minimum(tl.max(start, 0), end) - position, 0)
-        to_all = tl.maximum(tl.minimum(tl.min(expiry, 0), end) - position, 0)
-        if CLAMPS:
-            from_any = tl.where(tl.min(start, 0) <= 0, 0, from_any)
-            from_all = tl.where(tl.max(start, 0) <= 0, 0, from_all)
-        tile_0 = from_any * GROUP // BLOCK_M
-        tile_1 = tl.maximum(tl.cdiv(to_any * GROUP, BLOCK_M), tile_0)
-        full_0 = tl.minimum(tl.cdiv(from_all * GROUP, BLOCK_M), tile_1)
-        # The last tile of the epoch may be short: what it lacks has no probability.
-        full_1 = tl.where(to_all >= num, tile_1, to_all * GROUP // BLOCK_M)
-        full_1 = tl.maximum(tl.minimum(full_1, tile_1), full_0)
+        plan_base = tl.multiple_of(plan_list * num_slots, 128)
+        if SLOTS != "keys":
+            ptr_key += plan_base
+        key = slot_keys(ptr_key, slot, key_0, num_keys, SLOTS)
+        num_words = epoch_len // 32
+        start, expiry = slot, slot
+        tile_0, num_before, num_border, full_0, full_1 = 0, 0, 0, 0, 0
+        if SLOTS == "gathered":
+            ptr_bits += plan_base * MEMBERS * num_words
+            ptr_lists += (
+                (plan_list // num_lists * num_epochs + i_epoch) * num_blocks + i_block
+            ) * (num_tiles + 2)
+            full_1 = tl.load(ptr_lists)
+            num_border = tl.load(ptr_lists + 1) - full_1
+        else:
+            if SLOTS == "copied":
+                ptr_start += plan_base
+                ptr_expiry += plan_base
+            start, expiry = slot_intervals(ptr_start, ptr_expiry, slot, num_keys, SLOTS, CLAMPS)
+            # Queries of the epoch, from its first on, that see any of the slots, and that see all.
+            end = tl.maximum(position + num, 0)
+            from_any = tl.maximum(tl.min(start, 0) - position, 0)
+            to_any = tl.minimum(tl.minimum(tl.max(expiry, 0), end) - position, num)
+            from_all = tl.maximum(tl.minimum(tl.max(start, 0), end) - position, 0)
+            to_all = tl.maximum(tl.minimum(tl.min(expiry, 0), end) - position, 0)
+            if CLAMPS:
+                from_any = tl.where(tl.min(start, 0) <= 0, 0, from_any)
+                from_all = tl.where(tl.max(start, 0) <= 0, 0, from_all)
+            tile_0 = from_any * GROUP // BLOCK_M
+            tile_1 = tl.maximum(tl.cdiv(to_any * GROUP, BLOCK_M), tile_0)
+            full_0 = tl.minimum(tl.cdiv(from_all * GROUP, BLOCK_M), tile_1)
+            # The last tile of the epoch may be short: what it lacks has no probability.
+            full_1 = tl.where(to_all >= num, tile_1, to_all * GROUP // BLOCK_M)
+            full_1 = tl.maximum(tl.minimum(full_1, tile_1), full_0)
+            if HAS_MASK:
+                full_1 = full_0
+            num_before = full_0 - tile_0
+            num_border = num_before + tile_1 - full_1
 
         if not TMA_Q:
             tiles_q += row_offsets(i_batch, sqb, ALIGNED)
         if not TMA_GRAD:
             tiles_grad += row_offsets(i_batch, sgb, GRAD_ALIGNED)
-        ptr_norm += (i_row * query_len + first) * GROUP
+        ptr_peak += (i_row * query_len + first) * GROUP
+        ptr_share += (i_row * query_len + first) * GROUP
         ptr_delta += (i_row * query_len + first) * GROUP
         ptr_k += row_offsets(i_batch, skb, ALIGNED_KV) + row_offsets(i_head, skh, ALIGNED_KV)
         ptr_v += row_offsets(i_batch, svb, ALIGNED_KV) + row_offsets(i_head, svh, ALIGNED_KV)
@@ -255,47 +334,58 @@ def grad_key_kernel(
         v = load_rows(
             ptr_v, row_offsets(key, svn, ALIGNED_KV), key >= 0, D, BLOCK_D, True
         )  # [N, D]
-        stride_member = num_epochs.to(tl.int64) * num_slots
-        slot_base = tl.multiple_of((i_local * num_epochs + i_epoch) * num_slots, 128)
         bias = tl.zeros([BLOCK_N], tl.float32)
         grad_bias = tl.zeros([BLOCK_N], tl.float32)
+        stride_member = num_lists.to(tl.int64) * num_slots
+        slot_list = i_local * num_lists + i_epoch % num_lists
+        if PAIR_BIAS or (SLOTS != "copied" and KEY_BIAS != "none"):
+            ptr_bias += i_batch * sbb + i_head * sbk
         if KEY_BIAS == "kv head":
-            bias = tl.load(ptr_slot_bias + slot_base + slot)
+            if SLOTS == "copied":
+                bias = tl.load(ptr_slot_bias + slot_list * num_slots + slot)
+            else:
+                bias = tl.load(ptr_bias + key.to(tl.int64) * sbn, mask=key >= 0, other=0.0)
+                bias = log2_bias(bias)
         elif KEY_BIAS == "head":
-            bias_base = (i_local * GROUP * num_epochs + i_epoch) * num_slots
-            ptr_slot_bias += bias_base + slot_0
+            if SLOTS == "copied":
+                slot_list += i_local * (GROUP - 1) * num_lists
+                ptr_slot_bias += slot_list * num_slots + slot_0
             grad_bias = tl.zeros([BLOCK_N, GROUP_PAD], tl.float32)
-        if PAIR_BIAS:
-            ptr_pair += i_batch * spb + i_head * spk
+        if HAS_MASK:
+            ptr_mask += i_batch * smb + i_head * smk
 
         grad_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         grad_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         # The conditions keep wgmma asynchronous, see `forward.py`.
         if full_0 < full_1:
-            for tile in tl.range(full_0, full_1, num_stages=STAGES):
+            for i in tl.range(full_0, full_1, num_stages=STAGES):
+                tile = tl.load(ptr_lists + 2 + i) if SLOTS == "gathered" else i
                 grad_k, grad_v, grad_bias = _add_tile(
                     k, v, bias, start, expiry, grad_k, grad_v, grad_bias, tile, i_batch, i_head,
-                    first, num, position, key, tiles_q, tiles_grad, ptr_norm, ptr_delta,
-                    ptr_slot_bias, ptr_pair, stride_member, sqn, sqh, sgn, sgh, sgd, spg, spq, spn,
-                    scale, softcap, False, GROUP, D, BLOCK_D, BLOCK_M, KEY_BIAS, PAIR_BIAS,
-                    HAS_SOFTCAP, NEEDS_KEY, NEEDS_VALUE, NEEDS_BIAS, CLAMPS, ALIGNED, GRAD_ALIGNED,
-                    TMA_Q, TMA_GRAD,
+                    first, num, position, slot, key, tiles_q, tiles_grad, ptr_peak, ptr_share,
+                    ptr_delta, ptr_bits, num_words, num_slots, ptr_slot_bias, ptr_bias, ptr_mask,
+                    stride_member, sqn, sqh, sgn, sgh, sgd, sbg, sbq, sbn, smg, smq, smn, scale,
+                    softcap, False, SLOTS, HAS_MASK, MEMBERS, WORDS, GROUP, D, BLOCK_D, BLOCK_M,
+                    KEY_BIAS, PAIR_BIAS, HAS_SOFTCAP, NEEDS_KEY, NEEDS_VALUE, NEEDS_BIAS, CLAMPS,
+                    ALIGNED, GRAD_ALIGNED, TMA_Q, TMA_GRAD,
                 )  # fmt: skip
-        num_before = full_0 - tile_0
-        num_border = num_before + tile_1 - full_1
         if num_border > 0:
             for i in tl.range(0, num_border, num_stages=STAGES):
-                tile = tl.where(i < num_before, tile_0 + i, full_1 - num_before + i)
+                if SLOTS == "gathered":
+                    tile = tl.load(ptr_lists + 2 + full_1 + i)
+                else:
+                    tile = tl.where(i < num_before, tile_0 + i, full_1 - num_before + i)
                 grad_k, grad_v, grad_bias = _add_tile(
                     k, v, bias, start, expiry, grad_k, grad_v, grad_bias, tile, i_batch, i_head,
-                    first, num, position, key, tiles_q, tiles_grad, ptr_norm, ptr_delta,
-                    ptr_slot_bias, ptr_pair, stride_member, sqn, sqh, sgn, sgh, sgd, spg, spq, spn,
-                    scale, softcap, True, GROUP, D, BLOCK_D, BLOCK_M, KEY_BIAS, PAIR_BIAS,
-                    HAS_SOFTCAP, NEEDS_KEY, NEEDS_VALUE, NEEDS_BIAS, CLAMPS, ALIGNED, GRAD_ALIGNED,
-                    TMA_Q, TMA_GRAD,
+                    first, num, position, slot, key, tiles_q, tiles_grad, ptr_peak, ptr_share,
+                    ptr_delta, ptr_bits, num_words, num_slots, ptr_slot_bias, ptr_bias, ptr_mask,
+                    stride_member, sqn, sqh, sgn, sgh, sgd, sbg, sbq, sbn, smg, smq, smn, scale,
+                    softcap, True, SLOTS, HAS_MASK, MEMBERS, WORDS, GROUP, D, BLOCK_D, BLOCK_M,
+                    KEY_BIAS, PAIR_BIAS, HAS_SOFTCAP, NEEDS_KEY, NEEDS_VALUE, NEEDS_BIAS, CLAMPS,
+                    ALIGNED, GRAD_ALIGNED, TMA_Q, TMA_GRAD,
                 )  # fmt: skip
 
-        out = slot_base + slot
+        out = (i_local * num_epochs + i_epoch) * num_slots + slot
         if NEEDS_KEY:
             store_rows(ptr_part_k, out * D, key >= 0, grad_k * softmax_scale, D, BLOCK_D)
         if NEEDS_VALUE:
@@ -307,60 +397,6 @@ def grad_key_kernel(
                 tl.store(ptrs, grad_bias, mask=(member < GROUP)[None, :])
             else:
                 tl.store(ptr_part_bias + out, grad_bias)
-
-
-@triton.jit(do_not_specialize=_INTS)
-def reduce_kernel(
-    ptr_part_k, ptr_part_v, ptr_part_bias, ptr_use_end, ptr_use_slot, ptr_grad_k, ptr_grad_v,
-    ptr_grad_bias, key_len, num_epochs, num_slots, num_blocks, row_0,
-    HEADS_KV: tl.constexpr,
-    MEMBERS: tl.constexpr,
-    MEMBERS_PAD: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    USES: tl.constexpr,
-    NEEDS_KEY: tl.constexpr,
-    NEEDS_VALUE: tl.constexpr,
-    NEEDS_BIAS: tl.constexpr,
-):  # fmt: skip
-    """One program per (row, block of keys): the sum over the epochs of each key, or zero.
-
-    `USES` steps are written out, so that their loads are on their way together.
-    """
-    i_local, i_block = row_and_rest(num_blocks)
-    i_row = row_0 + i_local
-    key = i_block * BLOCK_K + tl.arange(0, BLOCK_K)  # [BLOCK_K]
-    live = key < key_len
-    index = i_row * key_len + key
-    end = tl.load(ptr_use_end + index, mask=live, other=0)
-    begin = tl.load(ptr_use_end + index - 1, mask=live & (index > 0), other=0)
-    uses = (end - begin).to(tl.int32)
-    part_base = i_local * num_epochs * num_slots
-    grad_k = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
-    grad_v = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
-    grad_bias = tl.zeros([BLOCK_K, MEMBERS_PAD], tl.float32)
-    member = tl.arange(0, MEMBERS_PAD)
-    for i in range(0, tl.max(uses, 0), USES):
-        for step in tl.static_range(USES):
-            used = i + step < uses
-            slot = part_base + tl.load(ptr_use_slot + begin + i + step, mask=used, other=0)
-            if NEEDS_KEY:
-                grad_k += load_rows(ptr_part_k, slot * D, used, D, BLOCK_D, True)
-            if NEEDS_VALUE:
-                grad_v += load_rows(ptr_part_v, slot * D, used, D, BLOCK_D, True)
-            if NEEDS_BIAS:
-                ptrs = ptr_part_bias + (slot * MEMBERS)[:, None] + member[None, :]
-                mask = used[:, None] & (member < MEMBERS)[None, :]
-                grad_bias += tl.load(ptrs, mask=mask, other=0.0)
-    out = (i_row // HEADS_KV * key_len + key) * HEADS_KV + i_row % HEADS_KV
-    if NEEDS_KEY:
-        store_rows(ptr_grad_k, out * D, live, grad_k, D, BLOCK_D)
-    if NEEDS_VALUE:
-        store_rows(ptr_grad_v, out * D, live, grad_v, D, BLOCK_D)
-    if NEEDS_BIAS:
-        ptrs = ptr_grad_bias + (i_row * MEMBERS + member)[None, :] * key_len + key[:, None]
-        tl.store(ptrs, grad_bias, mask=live[:, None] & (member < MEMBERS)[None, :])
 
 
 def run_grad_key(
@@ -408,30 +444,37 @@ def run_grad_key(
         tiles_q = query_tiles(query, group, config.block_m)
         tiles_grad = query_tiles(saved.grad_out, group, config.block_m)
     num_blocks = triton.cdiv(plan.num_slots, config.block_n)
+    num_tiles = num_query_tiles(plan, saved, config)
+    lists = slot_lists(plan, group, num_tiles, config.block_m, config.block_n)
     block_k = max(1, REDUCED_FLOATS // padded_head_dim(head_dim))
     key_blocks = triton.cdiv(key_len, block_k)
     for row in range(0, rows, chunk):
         now = range(row, min(row + chunk, rows))
-        slots = copy_slots(plan, key, value, call.bias, now, with_rows=False)
-        grad_key_kernel[(len(now) * plan.num_epochs * num_blocks,)](
-            tiles_q or query, key, value, tiles_grad or saved.grad_out, saved.norm, saved.delta,
+        slots = slots_of(plan, key, value, call.bias, now, with_rows=False)
+        launch(grad_key_kernel, len(now) * plan.num_epochs * num_blocks)(
+            tiles_q or query, key, value, tiles_grad or saved.grad_out, *saved.norm, saved.delta,
             part_key, part_value, part_bias, plan.slot_key, plan.slot_start, plan.slot_expiry,
-            plan.counts, plan.epochs, slots.bias, call.pair_tensor, *call.factors,
-            call.softmax_scale, query.shape[1], plan.key_len, plan.epoch_len, plan.num_epochs,
-            num_blocks, plan.old_slots, plan.num_slots, row, *query.stride()[:3],
-            *key.stride()[:3], *value.stride()[:3], *saved.grad_out.stride(), *call.pair_strides,
-            HEADS_KV=heads_kv, GROUP=group, GROUP_PAD=triton.next_power_of_2(members), D=head_dim,
+            plan.counts, plan.epochs, plan.slot_bits, lists, plan.mask, slots.bias,
+            call.bias_tensor, *call.factors, call.softmax_scale, query.shape[1], plan.key_len,
+            plan.epoch_len, plan.num_epochs, plan.num_lists, num_tiles, num_blocks, plan.old_slots,
+            plan.num_slots, row, *plan.row_strides(heads_kv), *query.stride()[:3],
+            *key.stride()[:3], *value.stride()[:3], *saved.grad_out.stride(), *call.bias_strides,
+            *mask_strides(plan, heads_kv, group), HEADS_KV=heads_kv, GROUP=group,
+            GROUP_PAD=triton.next_power_of_2(members), D=head_dim,
             BLOCK_D=padded_head_dim(head_dim), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-            STAGES=config.num_stages, **call.flags, **flags, CLAMPS=plan.clamps_positions,
+            STAGES=config.num_stages, **plan_flags(plan),
+            WORDS=words_of_tile(config.block_m, group), **call.flags, **flags,
             PACKED=plan.epochs is not None, ALIGNED=is_aligned(query),
-            ALIGNED_KV=is_aligned(key, value),
-            GRAD_ALIGNED=is_aligned(saved.grad_out), TMA_Q=tiles_q is not None,
-            TMA_GRAD=tiles_grad is not None, num_warps=config.num_warps,
+            ALIGNED_KV=is_aligned(key, value), GRAD_ALIGNED=is_aligned(saved.grad_out),
+            TMA_Q=tiles_q is not None, TMA_GRAD=tiles_grad is not None,
+            num_warps=config.num_warps,
         )  # fmt: skip
-        reduce_kernel[(len(now) * key_blocks,)](
+        launch(reduce_kernel, len(now) * key_blocks)(
             part_key, part_value, part_bias, plan.use_end, plan.use_slot, grad_key, grad_value,
-            grad_bias, key_len, plan.num_epochs, plan.num_slots, key_blocks, row, HEADS_KV=heads_kv,
-            MEMBERS=members, MEMBERS_PAD=triton.next_power_of_2(members), D=head_dim,
-            BLOCK_D=padded_head_dim(head_dim), BLOCK_K=block_k,
-            USES=USES_AT_ONCE, **flags, num_warps=4,
+            grad_bias, key_len, plan.num_epochs, plan.num_lists, plan.num_slots, key_blocks, row,
+            *plan.row_strides(heads_kv), HEADS_KV=heads_kv, MEMBERS=members,
+            MEMBERS_PAD=triton.next_power_of_2(members), D=head_dim,
+            BLOCK_D=padded_head_dim(head_dim), BLOCK_K=block_k, USES=USES_AT_ONCE,
+            SLOTS=plan.slots, LISTED=plan.use_end is not None,
+            PACKED=plan.epochs is not None, **flags, num_warps=4,
         )  # fmt: skip

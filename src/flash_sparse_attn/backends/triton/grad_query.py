@@ -1,7 +1,8 @@
 """dQ over epochs: a query tile walks the slots of its epoch as in forward and owns its gradient.
 
-It also computes ``delta = rowsum(dO * O)``, which the gradients of keys need, and the gradient of a
-bias that depends on the query. Grid and symbols as in `forward.py`.
+It also computes ``delta = rowsum(dO * O)``, which the gradients of keys need, and what the gradient
+of a bias that depends on the query is summed from, see `grad_pair.py`. Grid and symbols as in
+`forward.py`.
 """
 
 from __future__ import annotations
@@ -13,11 +14,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ...plan import Plan
-from .config import TileConfig, padded_head_dim, slot_rows
-from .inputs import Call, is_aligned
-from .slots import copy_slots, slot_dim
+from .block_lists import tile_lists
+from .config import TileConfig, padded_head_dim
+from .inputs import Call, is_aligned, mask_strides, plan_flags, words_of_tile
+from .launch import launch
+from .slots import slot_chunks, slot_dim, slots_of, uses_descriptors
 from .tiles import (
+    bits_see,
     epoch_bounds,
+    key_blocks,
+    key_bounds,
     load_grads,
     load_rows,
     load_slots,
@@ -25,6 +31,8 @@ from .tiles import (
     row_and_rest,
     row_offsets,
     scaled_scores,
+    slot_intervals,
+    slot_keys,
     store_rows,
     tile_blocks,
     tile_rows,
@@ -37,93 +45,161 @@ _INTS = (
     "key_len",
     "epoch_len",
     "num_epochs",
+    "num_lists",
     "num_tiles",
+    "tile_0",
+    "num_now",
     "old_slots",
     "num_slots",
     "row_0",
+    "plan_b",
+    "plan_h",
     "sqb",
     "sqn",
     "sqh",
+    "skb",
+    "skn",
+    "skh",
+    "svb",
+    "svn",
+    "svh",
     "sgb",
     "sgn",
     "sgh",
     "sgd",
-    "spb",
-    "spk",
-    "spg",
-    "spq",
-    "spn",
+    "sbb",
+    "sbk",
+    "sbg",
+    "sbq",
+    "sbn",
+    "smb",
+    "smk",
+    "smg",
+    "smq",
+    "smn",
 )
 
 
 @triton.jit
 def _add_block(
-    q, grad, norm, delta, acc, acc_row, block, at, i_group, mask_row, slots_k, slots_v, slot_base,
-    ptr_key, ptr_start, ptr_expiry, ptr_slot_bias, ptr_pair, ptr_grad_pair, stride_member, spn,
-    scale, softcap,
+    q, grad, peak, share, delta, acc, block, at, i_query, i_group, mask_row, i_batch, i_head,
+    slots_k, slots_v, slot_base, skn, svn, ptr_key, ptr_start, ptr_expiry, ptr_bits, word_0,
+    num_words, num_slots, key_0, num_keys, ptr_slot_bias, ptr_bias, ptr_pairs, stride_member, sbg,
+    sbn, ptr_mask, smn, scale, softcap,
     MASKED: tl.constexpr,
+    SLOTS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    CLAMPS: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    WORDS: tl.constexpr,
     KEY_BIAS: tl.constexpr,
     PAIR_BIAS: tl.constexpr,
     PAIR_GRAD: tl.constexpr,
+    GROUP: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    D: tl.constexpr,
     SLOT_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    ALIGNED_KV: tl.constexpr,
     TMA: tl.constexpr,
 ):  # fmt: skip
-    """Add the contribution of one block of slots to dQ, and to the gradient of a pair bias."""
+    """Add the contribution of one block of slots to dQ, and store the gradient of its scores."""
     slot = block * BLOCK_N + tl.arange(0, BLOCK_N)  # [N]
-    k = load_slots(slots_k, slot_base + block * BLOCK_N, SLOT_D, BLOCK_N, BLOCK_D, TMA)  # [N, D]
-    v = load_slots(slots_v, slot_base + block * BLOCK_N, SLOT_D, BLOCK_N, BLOCK_D, TMA)  # [N, D]
+    key = slot
+    if SLOTS != "copied" or PAIR_BIAS:
+        key = slot_keys(ptr_key, slot, key_0, num_keys, SLOTS)
+    if MASKED:
+        if SLOTS == "gathered":
+            sees = bits_see(
+                ptr_bits, slot, i_query, i_group, word_0, num_words, num_slots, MEMBERS, WORDS,
+                False,
+            )  # fmt: skip
+        else:
+            start, expiry = slot_intervals(ptr_start, ptr_expiry, slot, num_keys, SLOTS, CLAMPS)
+            sees = (start[None, :] <= at[:, None]) & (at[:, None] < expiry[None, :])
+            if HAS_MASK:
+                sees &= mask_row[:, None]
+                offs = (key.to(tl.int64) * smn)[None, :]
+                sees &= tl.load(ptr_mask + offs, mask=sees, other=0) != 0
+    k = load_slots(
+        slots_k, slot_base, block, key, i_batch, i_head, skn, SLOTS, D, SLOT_D, BLOCK_N, BLOCK_D,
+        ALIGNED_KV, TMA,
+    )  # [N, D]  # fmt: skip
+    v = load_slots(
+        slots_v, slot_base, block, key, i_batch, i_head, svn, SLOTS, D, SLOT_D, BLOCK_N, BLOCK_D,
+        ALIGNED_KV, TMA,
+    )  # [N, D]  # fmt: skip
+    if HAS_MASK and MASKED:
+        # A key that nobody sees may hold anything: 0 * NaN is NaN.
+        is_seen = (tl.max(sees.to(tl.int32), 0) > 0)[:, None]
+        k, v = tl.where(is_seen, k, 0.0), tl.where(is_seen, v, 0.0)
     scores, tanh = scaled_scores(tl.dot(q, tl.trans(k)), scale, softcap, HAS_SOFTCAP)  # [M, N]
     if KEY_BIAS == "kv head":
-        scores += tl.load(ptr_slot_bias + slot)[None, :]
+        if SLOTS == "copied":
+            scores += tl.load(ptr_slot_bias + slot)[None, :]
+        else:
+            bias = tl.load(ptr_bias + key.to(tl.int64) * sbn, mask=key >= 0, other=0.0)
+            scores += log2_bias(bias)[None, :]
     elif KEY_BIAS == "head":
-        offs = i_group.to(tl.int64) * stride_member
-        scores += tl.load(ptr_slot_bias + offs[:, None] + slot[None, :])
+        if SLOTS == "copied":
+            offs = i_group.to(tl.int64) * stride_member
+            scores += tl.load(ptr_slot_bias + offs[:, None] + slot[None, :])
+        else:
+            offs = (i_group * sbg)[:, None] + (key.to(tl.int64) * sbn)[None, :]
+            scores += log2_bias(tl.load(ptr_bias + offs, mask=(key >= 0)[None, :], other=0.0))
     if PAIR_BIAS:
-        key = tl.load(ptr_key + slot)
-        sees = mask_row[:, None] & (key >= 0)[None, :]
-        pair = tl.load(ptr_pair + (key.to(tl.int64) * spn)[None, :], mask=sees, other=0.0)
+        seen = mask_row[:, None] & (key >= 0)[None, :]
+        if MASKED:
+            seen &= sees
+        pair = tl.load(ptr_bias + (key.to(tl.int64) * sbn)[None, :], mask=seen, other=0.0)
         scores += log2_bias(pair)
     if MASKED:
-        start = tl.load(ptr_start + slot)
-        expiry = tl.load(ptr_expiry + slot)
-        inside = (start[None, :] <= at[:, None]) & (at[:, None] < expiry[None, :])
-        scores = tl.where(inside, scores, -_INF)
-    probs = tl.exp2(scores - norm[:, None])
-    grad_scores = probs * (tl.dot(grad, tl.trans(v)) - delta[:, None])  # [M, N]
-    if PAIR_GRAD == "pairs":
-        if MASKED:
-            sees = sees & inside
-        tl.store(
-            ptr_grad_pair + key[None, :], grad_scores.to(ptr_grad_pair.dtype.element_ty), mask=sees
-        )
-    elif PAIR_GRAD == "rows":
-        acc_row += tl.sum(grad_scores, 1)
+        scores = tl.where(sees, scores, -_INF)
+    probs = tl.exp2(scores - peak[:, None])  # times the row's share
+    products = tl.dot(grad, tl.trans(v))
+    grad_scores = probs * (products * share[:, None] - delta[:, None])  # [M, N]
+    if PAIR_GRAD == "group":
+        # The heads of a query lie side by side.
+        pairs = tl.sum(grad_scores.reshape(grad_scores.shape[0] // GROUP, GROUP, BLOCK_N), 1)
+        tl.store(ptr_pairs + slot[None, :], pairs.to(ptr_pairs.dtype.element_ty))
+    elif PAIR_GRAD == "head":
+        tl.store(ptr_pairs + slot[None, :], grad_scores.to(ptr_pairs.dtype.element_ty))
     if HAS_SOFTCAP:
         grad_scores *= 1.0 - tanh * tanh
-    return tl.dot(grad_scores.to(k.dtype), k, acc), acc_row
+    return tl.dot(grad_scores.to(k.dtype), k, acc)
 
 
 @triton.jit(do_not_specialize=_INTS)
 def grad_query_kernel(
-    ptr_q, slots_k, slots_v, ptr_out, ptr_grad, ptr_norm, ptr_delta, ptr_grad_q, ptr_grad_pair,
-    ptr_key, ptr_start, ptr_expiry, ptr_visible, ptr_entered, ptr_epochs, ptr_slot_bias, ptr_pair,
-    scale, softcap, softmax_scale, query_len, key_len, epoch_len, num_epochs, num_tiles, old_slots,
-    num_slots, row_0,
+    ptr_q, slots_k, slots_v, ptr_out, ptr_grad, ptr_peak, ptr_share, ptr_delta, ptr_grad_q,
+    ptr_pairs, ptr_key, ptr_start, ptr_expiry, ptr_visible, ptr_entered, ptr_epochs, ptr_bits,
+    ptr_lists, ptr_mask, ptr_slot_bias, ptr_bias, scale, softcap, softmax_scale, query_len,
+    key_len, epoch_len, num_epochs, num_lists, num_tiles, tile_0, num_now, old_slots, num_slots,
+    row_0, plan_b, plan_h,
     sqb: tl.int64,
     sqn: tl.int64,
     sqh: tl.int64,
+    skb: tl.int64,
+    skn: tl.int64,
+    skh: tl.int64,
+    svb: tl.int64,
+    svn: tl.int64,
+    svh: tl.int64,
     sgb: tl.int64,
     sgn: tl.int64,
     sgh: tl.int64,
     sgd: tl.int64,
-    spb: tl.int64,
-    spk: tl.int64,
-    spg: tl.int64,
-    spq: tl.int64,
-    spn: tl.int64,
+    sbb: tl.int64,
+    sbk: tl.int64,
+    sbg: tl.int64,
+    sbq: tl.int64,
+    sbn: tl.int64,
+    smb: tl.int64,
+    smk: tl.int64,
+    smg: tl.int64,
+    smq: tl.int64,
+    smn: tl.int64,
     HEADS_KV: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
@@ -132,6 +208,10 @@ def grad_query_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
+    SLOTS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    WORDS: tl.constexpr,
     KEY_BIAS: tl.constexpr,
     PAIR_BIAS: tl.constexpr,
     PAIR_GRAD: tl.constexpr,
@@ -140,16 +220,20 @@ def grad_query_kernel(
     CLAMPS: tl.constexpr,
     PACKED: tl.constexpr,
     ALIGNED: tl.constexpr,
+    ALIGNED_KV: tl.constexpr,
     GRAD_ALIGNED: tl.constexpr,
     TMA: tl.constexpr,
 ):  # fmt: skip
-    """One program per (row, epoch, tile): dQ, delta, and the gradient of a bias for each query."""
-    i_local, rest = row_and_rest(num_epochs * num_tiles)
-    i_tile = num_epochs * num_tiles - 1 - rest
-    i_epoch, i_tile = i_tile // num_tiles, i_tile % num_tiles
+    """One program per (row, epoch, tile): dQ, delta, and the gradient of the scores of pairs."""
+    i_local, rest = row_and_rest(num_now)
+    i_now = num_now - 1 - rest
+    i_epoch, i_tile = (tile_0 + i_now) // num_tiles, (tile_0 + i_now) % num_tiles
     i_row = row_0 + i_local
     i_batch, i_head = i_row // HEADS_KV, i_row % HEADS_KV
+    plan_row = i_batch * plan_b + i_head * plan_h
+    i_list = i_epoch % num_lists
     first, num, position = epoch_bounds(i_epoch, ptr_epochs, query_len, key_len, epoch_len, PACKED)
+    key_0, num_keys = key_bounds(i_epoch, ptr_epochs, key_len, PACKED)
 
     row, i_query, i_group = tile_rows(i_tile, GROUP, BLOCK_M)  # [M]
     mask_row = row < num * GROUP
@@ -169,67 +253,102 @@ def grad_query_kernel(
 
     if NEEDS_QUERY or PAIR_GRAD != "none":
         # Rows past the end of the epoch have no probability.
-        norm = tl.load(ptr_norm + index, mask=mask_row, other=_INF)
+        peak = tl.load(ptr_peak + index, mask=mask_row, other=_INF)
+        share = tl.load(ptr_share + index, mask=mask_row, other=0.0)
+        delta *= share
         at = position + i_query
         if CLAMPS:
             at = tl.maximum(at, 0)
+        num_words = epoch_len // 32
+        word_0 = i_tile * BLOCK_M // GROUP // 32
         num_full, num_old, num_new = 0, 0, 0
         if i_tile * BLOCK_M < num * GROUP:
+            begin = i_tile * BLOCK_M // GROUP
             last = tl.minimum((i_tile * BLOCK_M + BLOCK_M - 1) // GROUP, num - 1)
-            i_q = i_row * query_len + first
-            num_full, num_old, num_new = tile_blocks(
-                ptr_visible, ptr_entered, i_q + i_tile * BLOCK_M // GROUP, i_q + last, BLOCK_N
-            )
+            if SLOTS == "copied":
+                i_q = plan_row * query_len + first
+                num_full, num_old, num_new = tile_blocks(
+                    ptr_visible, ptr_entered, i_q + begin, i_q + last, BLOCK_N
+                )
+            elif SLOTS == "keys":
+                num_full, num_old, num_new = key_blocks(
+                    position + begin, position + last, num_keys, CLAMPS, HAS_MASK, BLOCK_N
+                )
+            else:
+                ptr_lists += ((plan_row * num_epochs + i_epoch) * num_tiles + i_tile) * (
+                    num_slots // BLOCK_N + 2
+                )
+                num_full, num_old = tl.load(ptr_lists), tl.load(ptr_lists + 1)
         offs_q = row_offsets(first + i_query, sqn, ALIGNED) + row_offsets(offs_head, sqh, ALIGNED)
         q = load_rows(
             ptr_q + row_offsets(i_batch, sqb, ALIGNED), offs_q, mask_row, D, BLOCK_D, True
         )
         grad = grad.to(q.dtype)
-        slot_base = tl.multiple_of((i_local * num_epochs + i_epoch) * num_slots, 128)
-        plan_base = tl.multiple_of((i_row * num_epochs + i_epoch) * num_slots, 128)
-        ptr_key += plan_base
-        ptr_start += plan_base
-        ptr_expiry += plan_base
-        stride_member = num_epochs.to(tl.int64) * num_slots
-        if KEY_BIAS == "kv head":
+        slot_base = tl.multiple_of((i_local * num_lists + i_list) * num_slots, 128)
+        plan_base = tl.multiple_of((plan_row * num_lists + i_list) * num_slots, 128)
+        if SLOTS != "keys":
+            ptr_key += plan_base
+        if SLOTS == "copied":
+            ptr_start += plan_base
+            ptr_expiry += plan_base
+        elif SLOTS == "gathered":
+            ptr_bits += plan_base * MEMBERS * num_words
+        if SLOTS != "copied" and not TMA:
+            slots_k += row_offsets(i_batch, skb, ALIGNED_KV) + row_offsets(i_head, skh, ALIGNED_KV)
+            slots_v += row_offsets(i_batch, svb, ALIGNED_KV) + row_offsets(i_head, svh, ALIGNED_KV)
+        stride_member = num_lists.to(tl.int64) * num_slots
+        if SLOTS == "copied" and KEY_BIAS == "kv head":
             ptr_slot_bias += slot_base
-        elif KEY_BIAS == "head":
-            ptr_slot_bias += (i_local * GROUP * num_epochs + i_epoch) * num_slots
+        elif SLOTS == "copied" and KEY_BIAS == "head":
+            ptr_slot_bias += (i_local * GROUP * num_lists + i_list) * num_slots
+        elif PAIR_BIAS or KEY_BIAS != "none":
+            ptr_bias += i_batch * sbb + i_head * sbk
         if PAIR_BIAS:
-            ptr_pair += i_batch * spb + i_head * spk
-            ptr_pair += (i_group * spg + (first + i_query) * spq)[:, None]
-        if PAIR_GRAD == "pairs":
-            ptr_grad_pair += ((i_local * GROUP + i_group) * query_len + first + i_query)[
-                :, None
-            ] * key_len
+            ptr_bias = ptr_bias + (i_group * sbg + (first + i_query) * sbq)[:, None]
+        if HAS_MASK:
+            ptr_mask += i_batch * smb + i_head * smk
+            ptr_mask = ptr_mask + (i_group * smg + (first + i_query) * smq)[:, None]
+        if PAIR_GRAD == "group":
+            TILE: tl.constexpr = BLOCK_M // GROUP
+            offs_pair = (i_local * num_now + i_now) * TILE + tl.arange(0, TILE)
+            ptr_pairs = ptr_pairs + (offs_pair * num_slots)[:, None]
+        elif PAIR_GRAD == "head":
+            offs_pair = (i_local * num_now + i_now) * BLOCK_M + tl.arange(0, BLOCK_M)
+            ptr_pairs = ptr_pairs + (offs_pair * num_slots)[:, None]
 
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        acc_row = tl.zeros([BLOCK_M], tl.float32)
         # The conditions keep wgmma asynchronous, see `forward.py`.
         if num_full > 0:
-            for block in tl.range(0, num_full, num_stages=STAGES):
-                acc, acc_row = _add_block(
-                    q, grad, norm, delta, acc, acc_row, block, at, i_group, mask_row, slots_k,
-                    slots_v, slot_base, ptr_key, ptr_start, ptr_expiry, ptr_slot_bias, ptr_pair,
-                    ptr_grad_pair, stride_member, spn, scale, softcap, False, KEY_BIAS, PAIR_BIAS,
-                    PAIR_GRAD, HAS_SOFTCAP, SLOT_D, BLOCK_N, BLOCK_D, TMA,
+            for i in tl.range(0, num_full, num_stages=STAGES):
+                block = tl.load(ptr_lists + 2 + i) if SLOTS == "gathered" else i
+                acc = _add_block(
+                    q, grad, peak, share, delta, acc, block, at, i_query, i_group, mask_row,
+                    i_batch, i_head, slots_k, slots_v, slot_base, skn, svn, ptr_key, ptr_start,
+                    ptr_expiry, ptr_bits, word_0, num_words, num_slots, key_0, num_keys,
+                    ptr_slot_bias, ptr_bias, ptr_pairs, stride_member, sbg, sbn, ptr_mask, smn,
+                    scale, softcap, False, SLOTS, HAS_MASK, CLAMPS, MEMBERS, WORDS, KEY_BIAS,
+                    PAIR_BIAS, PAIR_GRAD,
+                    GROUP, HAS_SOFTCAP, D, SLOT_D, BLOCK_N, BLOCK_D, ALIGNED_KV, TMA,
                 )  # fmt: skip
         num_border = num_old - num_full
         new_block = old_slots // BLOCK_N - num_border
         if num_border + num_new > 0:
             for i in tl.range(0, num_border + num_new, num_stages=STAGES):
-                block = tl.where(i < num_border, num_full + i, new_block + i)
-                acc, acc_row = _add_block(
-                    q, grad, norm, delta, acc, acc_row, block, at, i_group, mask_row, slots_k,
-                    slots_v, slot_base, ptr_key, ptr_start, ptr_expiry, ptr_slot_bias, ptr_pair,
-                    ptr_grad_pair, stride_member, spn, scale, softcap, True, KEY_BIAS, PAIR_BIAS,
-                    PAIR_GRAD, HAS_SOFTCAP, SLOT_D, BLOCK_N, BLOCK_D, TMA,
+                if SLOTS == "gathered":
+                    block = tl.load(ptr_lists + 2 + num_full + i)
+                else:
+                    block = tl.where(i < num_border, num_full + i, new_block + i)
+                acc = _add_block(
+                    q, grad, peak, share, delta, acc, block, at, i_query, i_group, mask_row,
+                    i_batch, i_head, slots_k, slots_v, slot_base, skn, svn, ptr_key, ptr_start,
+                    ptr_expiry, ptr_bits, word_0, num_words, num_slots, key_0, num_keys,
+                    ptr_slot_bias, ptr_bias, ptr_pairs, stride_member, sbg, sbn, ptr_mask, smn,
+                    scale, softcap, True, SLOTS, HAS_MASK, CLAMPS, MEMBERS, WORDS, KEY_BIAS,
+                    PAIR_BIAS, PAIR_GRAD,
+                    GROUP, HAS_SOFTCAP, D, SLOT_D, BLOCK_N, BLOCK_D, ALIGNED_KV, TMA,
                 )  # fmt: skip
         if NEEDS_QUERY:
             store_rows(ptr_grad_q, offs_out, mask_row, acc * softmax_scale, D, BLOCK_D)
-        if PAIR_GRAD == "rows":
-            index = (i_batch * HEADS + offs_head) * query_len + first + i_query
-            tl.store(ptr_grad_pair + index, acc_row, mask=mask_row)
 
 
 @dataclass(frozen=True)
@@ -244,6 +363,21 @@ class Saved:
     norm: Tensor
     delta: Tensor
 
+    @property
+    def group(self) -> int:
+        """Query heads of a KV head."""
+        return self.query.shape[2] // self.key.shape[2]
+
+    @property
+    def rows(self) -> range:
+        """All (batch entry, KV head)."""
+        return range(self.key.shape[0] * self.key.shape[2])
+
+
+def num_query_tiles(plan: Plan, saved: Saved, config: TileConfig) -> int:
+    """Query tiles of an epoch."""
+    return triton.cdiv(plan.epoch_len * saved.group, config.block_m)
+
 
 def run_grad_query(
     plan: Plan,
@@ -251,47 +385,47 @@ def run_grad_query(
     call: Call,
     config: TileConfig,
     grad_query: Tensor | None,
-    grad_pair: Tensor | None = None,
-    rows: range | None = None,
+    pairs: Tensor | None = None,
+    pair_grad: str = "none",
+    tiles: range | None = None,
 ) -> None:
-    """Fill delta, `grad_query` and `grad_pair`, for all rows of keys or some.
+    """Fill delta, `grad_query` and `pairs`, for all query tiles or some.
 
     Args:
         plan, saved, call: Of the call.
         config: Tile sizes.
         grad_query: ``[B, Q, H, D]``, contiguous, or ``None`` if it is not asked for.
-        grad_pair: Zeros ``[.., Q, K]`` for the heads of `rows`, or fp32 ``[B, H, Q]`` for the sum
-            over keys, or ``None``.
-        rows: Default all.
+        pairs: ``[B * Hkv, tiles, rows, P]`` for the gradient of the scores of each slot, or
+            ``None``. Blocks of slots that a tile does not see are not written.
+        pair_grad: ``"head"`` if it has `block_m` rows for a tile, ``"group"`` if one for each
+            query, summed over the heads of a KV head.
+        tiles: Numbers of tiles, those of all epochs one after the other; default all.
     """
-    query, key = saved.query, saved.key
+    query, key, value = saved.query, saved.key, saved.value
     heads_kv, head_dim = key.shape[2], key.shape[3]
-    group = query.shape[2] // heads_kv
-    rows = rows or range(query.shape[0] * heads_kv)
-    num_tiles = triton.cdiv(plan.epoch_len * group, config.block_m)
-    pair_grad = "none"
-    if grad_pair is not None:
-        pair_grad = "rows" if grad_pair.dim() == 3 else "pairs"
-    walks = grad_query is not None or grad_pair is not None
-    chunk = len(rows)
-    if pair_grad != "pairs":
-        elements = plan.num_epochs * plan.num_slots * slot_dim(head_dim)
-        chunk = slot_rows(len(rows), elements, query, key)
-    for row in range(rows.start, rows.stop, chunk):
-        now = range(row, min(row + chunk, rows.stop))
-        slots = copy_slots(plan, key, saved.value, call.bias, now) if walks else None
-        sources = slots.sources(config.block_n, config.uses_tma) if slots else (None, None)
-        grad_query_kernel[(len(now) * plan.num_epochs * num_tiles,)](
-            query, *sources, saved.out, saved.grad_out, saved.norm, saved.delta, grad_query,
-            grad_pair, plan.slot_key, plan.slot_start, plan.slot_expiry, plan.visible,
-            plan.entered, plan.epochs, slots.bias if slots else None, call.pair_tensor,
+    group = saved.group
+    num_tiles = num_query_tiles(plan, saved, config)
+    tiles = tiles or range(plan.num_epochs * num_tiles)
+    lists = tile_lists(plan, group, num_tiles, config.block_m, config.block_n)
+    uses_tma = uses_descriptors(plan, key, value, config)
+    chunks = [saved.rows] if pairs is not None else slot_chunks(plan, saved.rows, query, key)
+    for now in chunks:
+        walks = grad_query is not None or pairs is not None
+        slots = slots_of(plan, key, value, call.bias, now, with_rows=walks)
+        sources = slots.sources(config.block_n, uses_tma) if walks else (None, None)
+        launch(grad_query_kernel, len(now) * len(tiles))(
+            query, *sources, saved.out, saved.grad_out, *saved.norm, saved.delta, grad_query,
+            pairs, plan.slot_key, plan.slot_start, plan.slot_expiry, plan.visible, plan.entered,
+            plan.epochs, plan.slot_bits, lists, plan.mask, slots.bias, call.bias_tensor,
             *call.factors, call.softmax_scale, query.shape[1], plan.key_len, plan.epoch_len,
-            plan.num_epochs, num_tiles, plan.old_slots, plan.num_slots, row, *query.stride()[:3],
-            *saved.grad_out.stride(), *call.pair_strides, HEADS_KV=heads_kv, GROUP=group,
-            D=head_dim, SLOT_D=slot_dim(head_dim), BLOCK_D=padded_head_dim(head_dim),
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, STAGES=config.num_stages, **call.flags,
-            PAIR_GRAD=pair_grad, NEEDS_QUERY=grad_query is not None, CLAMPS=plan.clamps_positions,
-            PACKED=plan.epochs is not None, ALIGNED=is_aligned(query),
-            GRAD_ALIGNED=is_aligned(saved.grad_out), TMA=config.uses_tma,
-            num_warps=config.num_warps,
+            plan.num_epochs, plan.num_lists, num_tiles, tiles.start, len(tiles), plan.old_slots,
+            plan.num_slots, now.start, *plan.row_strides(heads_kv), *query.stride()[:3],
+            *key.stride()[:3], *value.stride()[:3], *saved.grad_out.stride(), *call.bias_strides,
+            *mask_strides(plan, heads_kv, group), HEADS_KV=heads_kv, GROUP=group, D=head_dim,
+            SLOT_D=slot_dim(head_dim), BLOCK_D=padded_head_dim(head_dim), BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n, STAGES=config.num_stages, **plan_flags(plan),
+            WORDS=words_of_tile(config.block_m, group), **call.flags, PAIR_GRAD=pair_grad,
+            NEEDS_QUERY=grad_query is not None, PACKED=plan.epochs is not None,
+            ALIGNED=is_aligned(query), ALIGNED_KV=is_aligned(key, value),
+            GRAD_ALIGNED=is_aligned(saved.grad_out), TMA=uses_tma, num_warps=config.num_warps,
         )  # fmt: skip

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ...plan import Plan
 from .config import padded_head_dim
 
 LOG2E = 1.4426950408889634
@@ -23,16 +24,58 @@ def is_aligned(*tensors: Tensor) -> bool:
     )
 
 
-def query_tiles(tensor: Tensor, group: int, block_m: int) -> TensorDescriptor | None:
-    """Descriptor of tiles ``[1, T, G, D]`` of ``[B, Q, H, D]``, or ``None`` if it has none."""
+def head_tiles(tensor: Tensor, block: list[int]) -> TensorDescriptor | None:
+    """Descriptor of tiles ``[*block, D]`` of ``[B, length, heads, D]``, or ``None``: no such."""
     sizes, strides = list(tensor.shape), list(tensor.stride())
-    if block_m % group or not is_aligned(tensor) or 0 in strides:
+    if not is_aligned(tensor) or 0 in strides:
         return None
     # The stride of a dimension of size 1 means nothing, and need not be a valid one.
     strides = [8 if size == 1 else s for size, s in zip(sizes, strides, strict=True)]
     strides[3] = 1
-    block = [1, block_m // group, group, padded_head_dim(sizes[3])]
-    return TensorDescriptor(tensor, sizes, strides, block)
+    return TensorDescriptor(tensor, sizes, strides, [*block, padded_head_dim(sizes[3])])
+
+
+def query_tiles(tensor: Tensor, group: int, block_m: int) -> TensorDescriptor | None:
+    """Descriptor of tiles ``[1, T, G, D]`` of ``[B, Q, H, D]``, or ``None``: no such."""
+    return None if block_m % group else head_tiles(tensor, [1, block_m // group, group])
+
+
+def broadcast_strides(tensor: Tensor, heads_kv: int, group: int) -> tuple[int, int, int, int, int]:
+    """Of a mask or bias ``({1|B}, {1|Hkv|H}, {1|Q}, {1|K})``; 0 where it has size 1.
+
+    For batch entry, KV head, head in its group, query, key.
+    """
+    batch, head, query, key = (
+        0 if size == 1 else stride
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    if tensor.shape[1] == heads_kv * group:
+        return batch, head * group, head, query, key
+    return batch, head, 0, query, key
+
+
+def mask_strides(plan: Plan, heads_kv: int, group: int) -> tuple[int, int, int, int, int]:
+    """`broadcast_strides` of the mask that the kernels read themselves, if there is one."""
+    if plan.mask is None:
+        return 0, 0, 0, 0, 0
+    return broadcast_strides(plan.mask, heads_kv, group)
+
+
+def plan_flags(plan: Plan) -> dict[str, Any]:
+    """The constants that choose a kernel's variant for a plan."""
+    return {
+        "SLOTS": plan.slots,
+        "HAS_MASK": plan.mask is not None,
+        "MEMBERS": plan.members,
+        "CLAMPS": plan.clamps_positions,
+    }
+
+
+def words_of_tile(block_m: int, group: int) -> int:
+    """Most words of 32 queries that the queries of a tile of so many rows lie in."""
+    if block_m % group == 0:
+        return max(1, block_m // group // 32)
+    return (block_m - 1) // group // 32 + 2
 
 
 @dataclass(frozen=True)
@@ -73,14 +116,8 @@ class Bias:
 
     @property
     def strides(self) -> tuple[int, int, int, int, int]:
-        """Of batch entry, KV head, head in its group, query, key; 0 where the bias has size 1."""
-        batch, head, query, key = (
-            0 if size == 1 else stride
-            for size, stride in zip(self.tensor.shape, self.tensor.stride(), strict=True)
-        )
-        if self.tensor.shape[1] == self.heads_kv * self.group:
-            return batch, head * self.group, head, query, key
-        return batch, head, 0, query, key
+        """See `broadcast_strides`."""
+        return broadcast_strides(self.tensor, self.heads_kv, self.group)
 
     @property
     def key_strides(self) -> tuple[int, int, int, int]:
@@ -110,20 +147,18 @@ class Call:
         return self.softmax_scale * LOG2E, 0.0
 
     @property
-    def pair_tensor(self) -> Tensor | None:
-        return None if self.bias is None or self.bias.is_per_key else self.bias.tensor
+    def bias_tensor(self) -> Tensor | None:
+        return None if self.bias is None else self.bias.tensor
 
     @property
-    def pair_strides(self) -> tuple[int, int, int, int, int]:
-        if self.bias is None or self.bias.is_per_key:
-            return 0, 0, 0, 0, 0
-        return self.bias.strides
+    def bias_strides(self) -> tuple[int, int, int, int, int]:
+        return (0, 0, 0, 0, 0) if self.bias is None else self.bias.strides
 
     @property
     def flags(self) -> dict[str, Any]:
         """The constants that choose a kernel's variant."""
         return {
             "KEY_BIAS": "none" if self.bias is None or not self.bias.is_per_key else self.bias.kind,
-            "PAIR_BIAS": self.pair_tensor is not None,
+            "PAIR_BIAS": self.bias is not None and not self.bias.is_per_key,
             "HAS_SOFTCAP": bool(self.softcap),
         }

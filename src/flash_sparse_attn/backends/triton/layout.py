@@ -97,6 +97,7 @@ class Layout:
             (uses, torch.int64),
             (used, ints),
             ((self.num_epochs, 8) if is_packed else (0,), ints),
+            *[((0,), ints)] * 3,  # of masks
         ]
 
 

@@ -150,12 +150,7 @@ def _backward(
     wrapped = None if bias is None else Bias.of(bias, query.shape[2], key.shape[2])
     call = Call(softmax_scale, softcap, wrapped)
     record = Plan.of(plan, sizes, clamps_positions)
-    # Adding one number to all scores of a row changes nothing: such a bias has the gradient zero.
-    is_constant = bias is not None and bias.shape[3] == 1
-    wanted = Needs(needs[0], needs[1], needs[2], needs[3] and not is_constant)
-    grads = list(backward(record, query, key, value, out, norm, grad_out, call, wanted))
-    if needs[3] and bias is not None and is_constant:
-        grads[3] = bias.new_zeros(bias.shape)
+    grads = backward(record, query, key, value, out, norm, grad_out, call, Needs(*needs))
     none = norm.new_empty(0)
     return tuple(none.clone() if grad is None else grad for grad in grads)  # type: ignore[return-value]
 
@@ -202,7 +197,7 @@ def _(
 def _(query: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     batch, query_len, heads, _ = query.shape
     lse = query.new_empty((batch, heads, query_len), dtype=torch.float32)
-    return query.new_empty(query.shape), lse, torch.empty_like(lse)
+    return query.new_empty(query.shape), lse, lse.new_empty((2, *lse.shape))
 
 
 @torch.library.register_fake("flash_sparse_attn::backward", lib=_library)
@@ -256,7 +251,7 @@ def select(
     keep_recent: int,
 ) -> tuple[Tensor, Tensor]:
     """Start and expiry of every key; see `select.select_intervals`."""
-    call = torch.ops.flash_sparse_attn.select if _traced(score) else _select
+    call = torch.ops.flash_sparse_attn.select if is_traced(score) else _select
     return call(score, window_size, mode, key_mask, cu_seqlens, keep_first, keep_recent)
 
 
@@ -268,7 +263,7 @@ def plan(
     for_backward: bool,
 ) -> Plan:
     """The plan of a call over a selection."""
-    call = torch.ops.flash_sparse_attn.plan if _traced(selection.start) else _plan
+    call = torch.ops.flash_sparse_attn.plan if is_traced(selection.start) else _plan
     tensors = call(
         selection.start,
         selection.expiry,
@@ -317,9 +312,16 @@ def attention(
         ready = plan(
             selection, problem.query_len, problem.is_causal, problem.packed, problem.requires_grad
         )
+    return attend(problem, query, key, value, bias, ready)
+
+
+def attend(
+    problem: Problem, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, ready: Plan
+) -> tuple[Tensor, Tensor]:
+    """``out [B, Q, H, D]`` and ``lse [B, H, Q]`` over the slots of a plan."""
     if not query.stride(-1) == key.stride(-1) == value.stride(-1) == 1:
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-    if not (problem.requires_grad or _traced(query)):
+    if not (problem.requires_grad or is_traced(query)):
         return _infer(query, key, value, bias, problem, ready)
     call = (problem.softmax_scale, problem.softcap, ready.clamps_positions, list(ready.sizes))
     operator = torch.ops.flash_sparse_attn.forward
@@ -336,6 +338,6 @@ def _infer(
     return infer(problem, query, key, value, bias, plan)
 
 
-def _traced(tensor: Tensor) -> bool:
+def is_traced(tensor: Tensor) -> bool:
     """Whether a compiler, a fake mode or another subclass has to see operators, not launches."""
     return torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter)

@@ -1,7 +1,8 @@
-"""Keys, values and per-key bias copied to the slots of a plan: aligned and in the order of use.
+"""Where the kernels read keys, values and per-key bias of the slots of a plan.
 
-All tiles of an epoch read the same slots, so that one copy pays for itself: tiles then load whole
-blocks instead of gathering rows. Empty slots of a used block hold zeros.
+All tiles of an epoch read the same slots, so that one copy pays for itself where their number is
+bounded: tiles then load whole blocks instead of gathering rows. Empty slots of a used block hold
+zeros. Other plans are read from the call's own tensors.
 """
 
 from __future__ import annotations
@@ -16,17 +17,19 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...plan import Plan
-from .config import SLOT_ALIGN, padded_head_dim
-from .inputs import Bias, is_aligned
+from .config import SLOT_ALIGN, TileConfig, padded_head_dim, slot_rows
+from .inputs import Bias, head_tiles, is_aligned
 from .launch import launch
 from .tiles import load_rows, log2_bias, row_and_rest, row_offsets
 
 _INTS = (
-    "num_epochs",
+    "num_lists",
     "old_slots",
     "num_slots",
     "num_blocks",
     "row_0",
+    "plan_b",
+    "plan_h",
     "skb",
     "skn",
     "skh",
@@ -50,11 +53,13 @@ def copy_kernel(
     ptr_slot_k,
     ptr_slot_v,
     ptr_slot_bias,
-    num_epochs,
+    num_lists,
     old_slots,
     num_slots,
     num_blocks,
     row_0,
+    plan_b,
+    plan_h,
     skb: tl.int64,
     skn: tl.int64,
     skh: tl.int64,
@@ -75,20 +80,21 @@ def copy_kernel(
     HAS_BIAS: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """One program per (row, epoch, block of slots)."""
-    i_local, rest = row_and_rest(num_epochs * num_blocks)
-    i_epoch, i_block = rest // num_blocks, rest % num_blocks
+    """One program per (row, list, block of slots)."""
+    i_local, rest = row_and_rest(num_lists * num_blocks)
+    i_list, i_block = rest // num_blocks, rest % num_blocks
     i_row = row_0 + i_local
     i_batch, i_head = i_row // HEADS_KV, i_row % HEADS_KV
+    plan_list = (i_batch * plan_b + i_head * plan_h) * num_lists + i_list
     slot_0 = i_block * BLOCK_N
     part = (slot_0 >= old_slots).to(tl.int32)
-    used = tl.load(ptr_counts + (i_row * num_epochs + i_epoch) * 2 + part)
+    used = tl.load(ptr_counts + plan_list * 2 + part)
     # Whole blocks of the largest size are written: kernels read them whole.
     used = tl.cdiv(used, 128) * 128
     if slot_0 - part * old_slots < used:
         slot = slot_0 + tl.arange(0, BLOCK_N)  # [N]
-        key = tl.load(ptr_key + (i_row * num_epochs + i_epoch) * num_slots + slot)
-        out = tl.multiple_of((i_local * num_epochs + i_epoch) * num_slots, 128) + slot
+        key = tl.load(ptr_key + plan_list * num_slots + slot)
+        out = tl.multiple_of((i_local * num_lists + i_list) * num_slots, 128) + slot
         filled = key >= 0
         if ROWS:
             offs_d = tl.arange(0, BLOCK_D)
@@ -105,24 +111,26 @@ def copy_kernel(
             for member in tl.static_range(MEMBERS):
                 ptrs = ptr_bias + member * sbg + key * sbn
                 bias = log2_bias(tl.load(ptrs, mask=filled, other=0.0))
-                base = ((i_local * MEMBERS + member) * num_epochs + i_epoch) * num_slots
+                base = ((i_local * MEMBERS + member) * num_lists + i_list) * num_slots
                 tl.store(ptr_slot_bias + base + slot, bias)
 
 
 @dataclass(frozen=True)
 class Slots:
-    """Copies for some rows of a plan.
+    """Where the slots of some rows of a plan are read.
 
     Attributes:
-        key: ``[rows, E, P, SLOT_D]`` in the dtype of the keys, or ``None`` if only the bias is
-        copied.
+        key: Copies ``[rows, lists, P, SLOT_D]``, or the call's own ``[B, K, Hkv, D]``; ``None`` if
+            only the bias is copied.
         value: The same.
-        bias: fp32 ``[rows, members, E, P]`` in units of log 2, or ``None``.
+        bias: fp32 copies ``[rows, members, lists, P]`` in units of log 2, or ``None``.
+        are_copies: Which of the two keys and values are.
     """
 
     key: Tensor | None
     value: Tensor | None
     bias: Tensor | None
+    are_copies: bool
 
     def sources(self, block_n: int, uses_tma: bool) -> tuple[Any, Any]:
         """What a kernel loads blocks of keys and values from: descriptors, or the pointers."""
@@ -130,8 +138,12 @@ class Slots:
             return self.key, self.value
 
         def describe(tensor: Tensor) -> TensorDescriptor:
-            block = [block_n, padded_head_dim(tensor.shape[-1])]
-            return TensorDescriptor.from_tensor(tensor.view(-1, tensor.shape[-1]), block)
+            if self.are_copies:
+                block = [block_n, padded_head_dim(tensor.shape[-1])]
+                return TensorDescriptor.from_tensor(tensor.view(-1, tensor.shape[-1]), block)
+            descriptor = head_tiles(tensor, [1, block_n, 1])
+            assert descriptor is not None
+            return descriptor
 
         assert self.key is not None and self.value is not None
         return describe(self.key), describe(self.value)
@@ -140,6 +152,39 @@ class Slots:
 def slot_dim(head_dim: int) -> int:
     """Elements of a copied row: whole units of 16 bytes."""
     return -(-head_dim // 8) * 8
+
+
+def slot_chunks(plan: Plan, rows: range, query: Tensor, key: Tensor) -> list[range]:
+    """How many rows are taken at a time, so that copies stay small beside the call's tensors."""
+    step = len(rows)
+    if plan.slots == "copied":
+        elements = plan.num_lists * plan.num_slots * slot_dim(key.shape[3])
+        step = slot_rows(len(rows), elements, query, key)
+    return [range(row, min(row + step, rows.stop)) for row in range(rows.start, rows.stop, step)]
+
+
+def uses_descriptors(plan: Plan, key: Tensor, value: Tensor, config: TileConfig) -> bool:
+    """Whether blocks of slots are loaded through tensor descriptors."""
+    if plan.slots != "keys" or not config.uses_tma:
+        return config.uses_tma and plan.slots == "copied"
+    return plan.epochs is None and all(
+        head_tiles(tensor, [1, 1, 1]) is not None for tensor in (key, value)
+    )
+
+
+def slots_of(
+    plan: Plan,
+    key: Tensor,
+    value: Tensor,
+    bias: Bias | None,
+    rows: range,
+    *,
+    with_rows: bool = True,
+) -> Slots:
+    """The slots of some rows: copies, or where the plan has none the call's own tensors."""
+    if plan.slots != "copied":
+        return Slots(key, value, None, False)
+    return copy_slots(plan, key, value, bias, rows, with_rows=with_rows)
 
 
 def copy_slots(
@@ -153,7 +198,7 @@ def copy_slots(
 ) -> Slots:
     """Copy keys, values and a per-key bias to the slots of some rows of a plan."""
     head_dim, heads_kv = key.shape[3], key.shape[2]
-    shape = (len(rows), plan.num_epochs, plan.num_slots)
+    shape = (len(rows), plan.num_lists, plan.num_slots)
     slot_key = slot_value = slot_bias = None
     if with_rows:
         slot_key = torch.empty(*shape, slot_dim(head_dim), dtype=key.dtype, device=key.device)
@@ -169,12 +214,13 @@ def copy_slots(
     if with_rows or has_bias:
         block_n = max(16, min(SLOT_ALIGN, 8192 // padded_head_dim(head_dim))) if with_rows else 128
         num_blocks = plan.num_slots // block_n
-        launch(copy_kernel, len(rows) * plan.num_epochs * num_blocks)(
+        launch(copy_kernel, len(rows) * plan.num_lists * num_blocks)(
             key, value, bias.tensor if has_bias and bias else None, plan.slot_key, plan.counts,
-            slot_key, slot_value, slot_bias, plan.num_epochs, plan.old_slots, plan.num_slots,
-            num_blocks, rows.start, *key.stride()[:3], *value.stride()[:3], *strides,
+            slot_key, slot_value, slot_bias, plan.num_lists, plan.old_slots, plan.num_slots,
+            num_blocks, rows.start, *plan.row_strides(heads_kv), *key.stride()[:3],
+            *value.stride()[:3], *strides,
             HEADS_KV=heads_kv, MEMBERS=members, D=head_dim, SLOT_D=slot_dim(head_dim),
             BLOCK_D=padded_head_dim(head_dim), BLOCK_N=block_n, ROWS=with_rows, HAS_BIAS=has_bias,
             ALIGNED=is_aligned(key, value), num_warps=4,
         )  # fmt: skip
-    return Slots(slot_key, slot_value, slot_bias)
+    return Slots(slot_key, slot_value, slot_bias, True)

@@ -19,6 +19,10 @@ _MAX_BIAS = tl.constexpr(2.3e38)
 LOWEST = tl.constexpr(-3.4e38)
 
 
+# Beyond every position: the expiry of a key that stays, and the start of one that never comes.
+_NEVER = tl.constexpr(2**31 - 1)
+
+
 @triton.jit
 def row_and_rest(size):
     """This program's row of keys (int64) and its number among the `size` programs of the row."""
@@ -35,6 +39,15 @@ def epoch_bounds(i_epoch, ptr_epochs, query_len, key_len, epoch_len, PACKED: tl.
     else:
         first = i_epoch * epoch_len
         return first, tl.minimum(epoch_len, query_len - first), first + key_len - query_len
+
+
+@triton.jit
+def key_bounds(i_epoch, ptr_epochs, key_len, PACKED: tl.constexpr):
+    """First key and number of keys of the sequence of an epoch."""
+    if PACKED:
+        return tl.load(ptr_epochs + i_epoch * 8 + 3), tl.load(ptr_epochs + i_epoch * 8 + 4)
+    else:
+        return 0, key_len
 
 
 @triton.jit
@@ -98,19 +111,96 @@ def load_grads(
 
 @triton.jit
 def load_slots(
-    source,
-    row_0,
+    source, slot_base, block, key, i_batch, i_head, stride,
+    SLOTS: tl.constexpr,
+    D: tl.constexpr,
     SLOT_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    ALIGNED: tl.constexpr,
     TMA: tl.constexpr,
-):
-    """A block of copied slots ``[BLOCK_N, BLOCK_D]``; columns past `SLOT_D` are zeros."""
-    if TMA:
-        return source.load([row_0.to(tl.int32), 0])
+):  # fmt: skip
+    """A block of keys or values ``[BLOCK_N, BLOCK_D]``, zeros in columns past the last.
+
+    Copied slots are read from the copies, slots that are the keys themselves through a descriptor
+    of ``[B, K, Hkv, D]`` if there is one, others row by row.
+    """
+    if SLOTS == "copied":
+        row_0 = slot_base + block * BLOCK_N
+        if TMA:
+            return source.load([row_0.to(tl.int32), 0])
+        else:
+            offs = (row_0 + tl.arange(0, BLOCK_N)) * SLOT_D
+            return load_rows(source, offs, None, SLOT_D, BLOCK_D, False)
+    elif TMA:
+        rows = source.load([i_batch.to(tl.int32), block * BLOCK_N, i_head.to(tl.int32), 0])
+        return rows.reshape(BLOCK_N, BLOCK_D)
     else:
-        offs = (row_0 + tl.arange(0, BLOCK_N)) * SLOT_D
-        return load_rows(source, offs, None, SLOT_D, BLOCK_D, False)
+        return load_rows(source, row_offsets(key, stride, ALIGNED), key >= 0, D, BLOCK_D, True)
+
+
+@triton.jit
+def slot_keys(ptr_key, slot, key_0, num_keys, SLOTS: tl.constexpr):
+    """The key in each slot, -1 for none."""
+    if SLOTS == "keys":
+        return tl.where(slot < num_keys, key_0 + slot, -1)
+    else:
+        return tl.load(ptr_key + slot)
+
+
+@triton.jit
+def slot_intervals(
+    ptr_start, ptr_expiry, slot, num_keys, SLOTS: tl.constexpr, CLAMPS: tl.constexpr
+):  # fmt: skip
+    """First position that sees the key in each slot, and first that no longer does."""
+    if SLOTS == "keys":
+        start = slot if not CLAMPS else slot * 0
+        inside = slot < num_keys
+        return tl.where(inside, start, _NEVER), tl.where(inside, _NEVER, 0)
+    else:
+        return tl.load(ptr_start + slot), tl.load(ptr_expiry + slot)
+
+
+@triton.jit
+def along_slots(vector, TRANSPOSED: tl.constexpr):
+    """A vector over slots, to be broadcast over rows: scores are [M, N], transposed [N, M]."""
+    return vector[:, None] if TRANSPOSED else vector[None, :]
+
+
+@triton.jit
+def along_rows(vector, TRANSPOSED: tl.constexpr):
+    """A vector over the rows of a tile, to be broadcast over slots."""
+    return vector[None, :] if TRANSPOSED else vector[:, None]
+
+
+@triton.jit
+def bits_see(
+    ptr_bits, slot, i_query, i_group, word_0, num_words, num_slots,
+    MEMBERS: tl.constexpr,
+    WORDS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """Which rows of a tile see which slots, from words that hold 32 queries of a slot each.
+
+    The queries of the tile lie in the `WORDS` words from `word_0` on.
+    """
+    i_word = i_query // 32 - word_0  # [M]
+    if MEMBERS * WORDS == 1:
+        word = along_slots(tl.load(ptr_bits + word_0 * num_slots + slot), TRANSPOSED)
+    else:
+        for member in tl.static_range(MEMBERS):
+            for step in tl.static_range(WORDS):
+                offs = (member * num_words + word_0 + step) * num_slots + slot
+                column = tl.load(ptr_bits + offs, mask=word_0 + step < num_words, other=0)
+                mine = i_word == step
+                if MEMBERS > 1:
+                    mine = mine & (i_group == member)
+                column = along_slots(column, TRANSPOSED)
+                if member + step == 0:
+                    word = tl.where(along_rows(mine, TRANSPOSED), column, 0)
+                else:
+                    word = tl.where(along_rows(mine, TRANSPOSED), column, word)
+    return ((word >> along_rows(i_query % 32, TRANSPOSED)) & 1) != 0
 
 
 @triton.jit
@@ -186,3 +276,19 @@ def tile_blocks(ptr_visible, ptr_entered, i_first, i_last, BLOCK_N: tl.constexpr
     num_old = tl.cdiv(tl.maximum(at_first, at_last), BLOCK_N)
     num_new = tl.cdiv(tl.load(ptr_entered + i_last), BLOCK_N)
     return num_full, num_old, num_new
+
+
+@triton.jit
+def key_blocks(
+    at_first, at_last, num_keys, CLAMPS: tl.constexpr, HAS_MASK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """`tile_blocks` where slots are the keys in order; a mask may hide any of them."""
+    if CLAMPS:
+        num_full, num_old = num_keys // BLOCK_N, tl.cdiv(num_keys, BLOCK_N)
+    else:
+        num_full = tl.minimum(tl.maximum(at_first + 1, 0), num_keys) // BLOCK_N
+        num_old = tl.cdiv(tl.minimum(tl.maximum(at_last + 1, 0), num_keys), BLOCK_N)
+    if HAS_MASK:
+        num_full *= 0
+    return num_full, num_old, num_old * 0

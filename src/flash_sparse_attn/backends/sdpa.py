@@ -1,0 +1,84 @@
+"""Calls that ask for nothing but plain attention: the kernels that PyTorch brings, cuDNN or flash.
+
+Chosen by itself, not by name: no mask, no bias, no softcap, and no need for repeatable gradients.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ..intervals import KeySelection
+from ..problem import Problem
+
+_MAX_CUDNN_DIM = 128
+_MIN_QUERIES = 16  # fewer are decoded, with the keys split over programs
+
+
+def unsupported(problem: Problem) -> list[str]:
+    """Why these kernels cannot run a call, or would not with the same meaning."""
+    reasons = []
+    if problem.device.type != "cuda" or torch.version.hip is not None:
+        reasons.append(f"they run on NVIDIA GPUs, the tensors are on {problem.device}")
+    elif _capability(problem.device) < (8, 0):
+        reasons.append(f"the GPU has capability {_capability(problem.device)}, 8.0 is needed")
+    if problem.dtype not in (torch.float16, torch.bfloat16):
+        reasons.append(f"they take fp16 and bf16, query is {problem.dtype}")
+    if problem.selection is not None or problem.mask_shape is not None:
+        reasons.append("they take no mask")
+    if problem.bias_shape is not None:
+        reasons.append("they take no bias that learns")
+    if problem.softcap:
+        reasons.append("they have no softcap")
+    if problem.deterministic:
+        reasons.append("their gradients are not repeatable")
+    if problem.packed is not None:
+        reasons.append("they take no packed sequences")
+    if problem.head_dim % 8:
+        reasons.append(f"head dimensions are multiples of 8, not {problem.head_dim}")
+    if problem.query_len < _MIN_QUERIES:
+        reasons.append(f"{problem.query_len} queries are too few to fill a GPU")
+    if problem.is_causal and problem.query_len > problem.key_len:
+        reasons.append("the first queries see no key")
+    return reasons
+
+
+def attention(
+    problem: Problem,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | KeySelection | None,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """``out [B, Q, H, D]`` and ``lse [B, H, Q]``; neither mask nor bias is given."""
+    heads_first = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    if _takes_cudnn(problem):
+        results = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            *heads_first, None, True, 0.0, problem.is_causal, scale=problem.softmax_scale
+        )
+    else:
+        # Its causal mask is bottom-right, as ours: that of `scaled_dot_product_attention` is not.
+        results = torch.ops.aten._scaled_dot_product_flash_attention(
+            *heads_first, 0.0, problem.is_causal, scale=problem.softmax_scale
+        )
+    out, lse = results[:2]
+    return out.transpose(1, 2), lse.detach().view(out.shape[:3])
+
+
+def _takes_cudnn(problem: Problem) -> bool:
+    """Whether cuDNN has the kernel: it is the faster one, where causality is the usual one."""
+    return (
+        _capability(problem.device) >= (9, 0)
+        and torch.backends.cudnn.is_available()
+        and torch.backends.cuda.cudnn_sdp_enabled()
+        and problem.head_dim <= _MAX_CUDNN_DIM
+        and (problem.query_len == problem.key_len or not problem.is_causal)
+    )
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)

@@ -1,0 +1,137 @@
+"""Custom operators of plans without a selection, and which of them a call takes.
+
+As in `ops.py`, kernels are imported when an operator runs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...plan import Plan
+from ...problem import Problem
+from ...varlen import PackedSequences
+from .config import SLOT_ALIGN
+from .masks import MaskLayout
+from .ops import is_traced, on_device
+
+_library = torch.library.Library("flash_sparse_attn", "FRAGMENT")
+_library.define(
+    "plan_mask(Tensor mask, SymInt query_len, SymInt key_len, int num_heads, int heads_kv,"
+    " SymInt batch, bool is_causal, bool for_backward) -> Tensor[]"
+)
+_library.define(
+    "plan_packed(Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt query_len, SymInt key_len,"
+    " SymInt num_slots, SymInt epoch_len, bool for_backward) -> (Tensor, Tensor)"
+)
+
+
+@on_device
+def _plan_mask(
+    mask: Tensor,
+    query_len: int,
+    key_len: int,
+    num_heads: int,
+    heads_kv: int,
+    batch: int,
+    is_causal: bool,
+    for_backward: bool,
+) -> list[Tensor]:
+    from .plan_mask import plan_mask
+
+    layout = MaskLayout.of(mask.shape, query_len, key_len, num_heads, heads_kv, batch)
+    return plan_mask(mask, layout, is_causal=is_causal, for_backward=for_backward).tensors()
+
+
+@on_device
+def _plan_packed(
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    query_len: int,
+    key_len: int,
+    num_slots: int,
+    epoch_len: int,
+    for_backward: bool,
+) -> tuple[Tensor, Tensor]:
+    from .plan_mask import plan_packed
+
+    packed = PackedSequences(cu_seqlens_q, cu_seqlens_k, epoch_len, num_slots)
+    table, use_slot = plan_packed(packed, query_len, key_len, for_backward=for_backward)
+    return table, table.new_empty(0) if use_slot is None else use_slot
+
+
+_library.impl("plan_mask", _plan_mask, "CUDA")
+_library.impl("plan_packed", _plan_packed, "CUDA")
+
+
+@torch.library.register_fake("flash_sparse_attn::plan_mask", lib=_library)
+def _(
+    mask: Tensor,
+    query_len: int,
+    key_len: int,
+    num_heads: int,
+    heads_kv: int,
+    batch: int,
+    is_causal: bool,
+    for_backward: bool,
+) -> list[Tensor]:
+    layout = MaskLayout.of(mask.shape, query_len, key_len, num_heads, heads_kv, batch)
+    return [mask.new_empty(shape, dtype=dtype) for shape, dtype in layout.shapes(for_backward)]
+
+
+@torch.library.register_fake("flash_sparse_attn::plan_packed", lib=_library)
+def _(
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    query_len: int,
+    key_len: int,
+    num_slots: int,
+    epoch_len: int,
+    for_backward: bool,
+) -> tuple[Tensor, Tensor]:
+    num_epochs = query_len // epoch_len + cu_seqlens_q.shape[0] - 1
+    table = cu_seqlens_q.new_empty((num_epochs, 8))
+    return table, table.new_empty((key_len,) if for_backward else (0,))
+
+
+def plan_of(problem: Problem, mask: Tensor | None) -> Plan:
+    """The plan of a call with a bool mask, or without any."""
+    query_len, key_len, is_causal = problem.query_len, problem.key_len, problem.is_causal
+    if problem.packed is not None:
+        return _packed_plan(problem, problem.packed, mask)
+    shape = None if mask is None else mask.shape
+    heads = problem.num_heads, problem.num_kv_heads, problem.batch
+    layout = MaskLayout.of(shape, query_len, key_len, *heads)
+    if mask is None or layout.kind == "keys":
+        return _plan_of_keys(layout.sizes, is_causal, mask)
+    call = torch.ops.flash_sparse_attn.plan_mask if is_traced(mask) else _plan_mask
+    tensors = call(mask, query_len, key_len, *heads, is_causal, problem.requires_grad)
+    return Plan.of(tensors, layout.sizes, not is_causal)
+
+
+def _packed_plan(problem: Problem, packed: PackedSequences, mask: Tensor | None) -> Plan:
+    """Slots are the keys of a sequence, and an epoch is a sequence."""
+    epoch_len, num_slots = (
+        -(-longest // SLOT_ALIGN) * SLOT_ALIGN
+        for longest in (packed.max_seqlen_q, packed.max_seqlen_k)
+    )
+    call = _plan_packed
+    if is_traced(packed.cu_seqlens_q):
+        call = torch.ops.flash_sparse_attn.plan_packed
+    table, use_slot = call(
+        packed.cu_seqlens_q, packed.cu_seqlens_k, problem.query_len, problem.key_len, num_slots,
+        epoch_len, problem.requires_grad,
+    )  # fmt: skip
+    sizes = [epoch_len, num_slots, problem.query_len, problem.key_len]
+    return _plan_of_keys(sizes, problem.is_causal, mask, table, use_slot)
+
+
+def _plan_of_keys(
+    sizes: list[int],
+    is_causal: bool,
+    mask: Tensor | None,
+    epochs: Tensor | None = None,
+    use_slot: Tensor | None = None,
+) -> Plan:
+    tensors = [*[None] * 7, use_slot, epochs, None, None, mask]
+    return Plan.of(tensors, sizes, not is_causal)

@@ -1,0 +1,348 @@
+"""Plans of calls without a selection: from a bool mask, or from nothing.
+
+A mask over queries and keys is read once: 32 neighbouring queries of a key become one word. A key
+with a word that is not 0 gets a slot in the epoch, by position. A mask over keys alone keeps the
+keys that it shows, in one list for all epochs. Without a mask, and where keys are so few that a
+plan would cost more than it saves, the slots are the keys themselves.
+
+Broadcast dimensions of a mask are read once and never expanded, and with causality nothing after
+the diagonal is read. Symbols as in `plan.py`; ``W`` words of 32 queries.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...intervals import NEVER
+from ...plan import Plan
+from ...varlen import PackedSequences
+from .collect import epoch_table, pad_slots
+from .config import SLOT_ALIGN
+from .inputs import broadcast_strides
+from .launch import launch
+from .masks import MaskLayout
+from .tiles import row_and_rest
+
+_NEVER = tl.constexpr(NEVER)
+_ALIGN = tl.constexpr(SLOT_ALIGN)
+
+_SCANNED = 4096  # keys that one program looks at together
+_PACKED = 512  # keys of one program that packs
+_PROGRAMS = 2048  # programs of one warp that keep a GPU busy with reading
+
+_INTS = (
+    "query_len",
+    "key_len",
+    "epoch_len",
+    "num_epochs",
+    "num_parts",
+    "num_blocks",
+    "num_slots",
+    "smb",
+    "smk",
+    "smg",
+    "smq",
+    "smn",
+)
+
+
+@triton.jit
+def _epoch(i_epoch, query_len, key_len, epoch_len):
+    """First query of an epoch, its number of queries, and the position of the first."""
+    first = i_epoch * epoch_len
+    return first, tl.minimum(epoch_len, query_len - first), first + key_len - query_len
+
+
+@triton.jit(do_not_specialize=_INTS)
+def pack_kernel(
+    ptr_mask, ptr_words, ptr_seen, query_len, key_len, epoch_len, num_epochs, num_parts,
+    num_blocks,
+    smb: tl.int64,
+    smk: tl.int64,
+    smg: tl.int64,
+    smq: tl.int64,
+    smn: tl.int64,
+    ROW_HEADS: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    UNIT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program per (row, epoch, part of its words, block of keys).
+
+    Stores the words of the keys, and whether any query of the part sees them. Words of keys after
+    their last query are neither computed nor stored.
+    """
+    i_row, rest = row_and_rest(num_epochs * num_parts * num_blocks)
+    i_epoch, rest = rest // (num_parts * num_blocks), rest % (num_parts * num_blocks)
+    i_part, key_0 = rest // num_blocks, rest % num_blocks * BLOCK
+    first, num, position = _epoch(i_epoch, query_len, key_len, epoch_len)
+    num_words = epoch_len // 32
+    words_now = num_words // num_parts
+    key = key_0 + tl.arange(0, BLOCK)  # [BLOCK]
+    offs = key.to(tl.int64) if UNIT else key.to(tl.int64) * smn
+    ptr_mask += i_row // ROW_HEADS * smb + i_row % ROW_HEADS * smk
+    seen = tl.zeros([BLOCK], tl.int32)
+    for i in range(i_part * words_now, (i_part + 1) * words_now):
+        query = i * 32
+        reached = query < num
+        whole = (query + 32 <= num) & (key_0 + BLOCK <= key_len)
+        if CAUSAL:
+            reached = reached & (key_0 <= position + query + 31)
+            whole = whole & (key_0 + BLOCK - 1 <= position + query)
+        if reached:
+            for member in tl.static_range(MEMBERS):
+                base = member * smg + (first + query) * smq
+                word = tl.zeros([BLOCK], tl.int32)
+                if whole:
+                    for j in tl.static_range(32):
+                        at = base + j * smq
+                        if ALIGNED:
+                            at = tl.multiple_of(at, 16)
+                        word |= tl.load(ptr_mask + at + offs).to(tl.int32) << j
+                else:
+                    for j in tl.static_range(32):
+                        inside = (key < key_len) & (query + j < num)
+                        if CAUSAL:
+                            inside = inside & (key <= position + query + j)
+                        bit = tl.load(ptr_mask + base + j * smq + offs, mask=inside, other=0)
+                        word |= bit.to(tl.int32) << j
+                out = ((i_row * MEMBERS + member) * num_epochs + i_epoch) * num_words + i
+                tl.store(ptr_words + out * key_len + key, word, mask=key < key_len)
+                seen |= word
+    out = ((i_row * num_epochs + i_epoch) * num_parts + i_part) * key_len
+    tl.store(ptr_seen + out + key, (seen != 0).to(tl.int8), mask=key < key_len)
+
+
+@triton.jit(do_not_specialize=_INTS)
+def slot_kernel(
+    ptr_seen, ptr_key, ptr_counts, ptr_use_slot, key_len, num_epochs, num_parts, num_slots,
+    USES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program per (row, epoch): a slot for every key that any query of the epoch sees."""
+    i_list, _ = row_and_rest(1)
+    ptr_seen += i_list * num_parts * key_len
+    count = 0
+    for i in range(0, key_len, BLOCK):
+        key = i + tl.arange(0, BLOCK)  # [BLOCK]
+        seen = tl.zeros([BLOCK], tl.int32)
+        ptrs = ptr_seen + key
+        for _ in range(0, num_parts):
+            seen |= tl.load(ptrs, mask=key < key_len, other=0).to(tl.int32)
+            ptrs += key_len
+        rank = tl.cumsum(seen, 0)
+        slot = count + rank - 1
+        tl.store(ptr_key + i_list * num_slots + slot, key, mask=seen != 0)
+        if USES:
+            slot = tl.where(seen != 0, slot, -1)
+            tl.store(ptr_use_slot + i_list * key_len + key, slot, mask=key < key_len)
+        count += tl.max(rank, 0)
+    offs = tl.arange(0, _ALIGN)  # [ALIGN]
+    slot = count // _ALIGN * _ALIGN + offs
+    is_rest = (slot >= count) & (count % _ALIGN != 0)
+    tl.store(ptr_key + i_list * num_slots + slot, -1, mask=is_rest)
+    tl.store(ptr_counts + i_list * 2, count)
+    tl.store(ptr_counts + i_list * 2 + 1, 0)
+
+
+@triton.jit
+def _or(left, right):
+    return left | right
+
+
+@triton.jit
+def _and(left, right):
+    return left & right
+
+
+@triton.jit(do_not_specialize=_INTS)
+def bits_kernel(
+    ptr_words, ptr_key, ptr_counts, ptr_slot_bits, ptr_block_bits, query_len, key_len, epoch_len,
+    num_epochs, num_slots,
+    MEMBERS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    STEP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program per (row, epoch, block of slots): words in the order of slots, and their sums."""
+    i_row, rest = row_and_rest(num_epochs * (num_slots // BLOCK))
+    i_epoch, i_block = rest // (num_slots // BLOCK), rest % (num_slots // BLOCK)
+    i_list = i_row * num_epochs + i_epoch
+    if i_block * BLOCK < tl.load(ptr_counts + i_list * 2):
+        _, num, position = _epoch(i_epoch, query_len, key_len, epoch_len)
+        num_words = epoch_len // 32
+        slot = i_block * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+        key = tl.load(ptr_key + i_list * num_slots + slot)
+        part = i_block * (BLOCK // 32) + tl.arange(0, BLOCK // 32)
+        for member in tl.static_range(MEMBERS):
+            for i in range(0, num_words, STEP):
+                word = i + tl.arange(0, STEP)  # [STEP]
+                known = (key >= 0)[None, :] & (word * 32 < num)[:, None]
+                if CAUSAL:
+                    known = known & (key[None, :] <= (position + word * 32 + 31)[:, None])
+                row = ((i_row * MEMBERS + member) * num_epochs + i_epoch) * num_words + word
+                ptrs = ptr_words + (row * key_len)[:, None] + key[None, :]
+                bits = tl.load(ptrs, mask=known, other=0)
+                out = (i_list * MEMBERS + member) * num_words + word
+                tl.store(ptr_slot_bits + (out * num_slots)[:, None] + slot[None, :], bits)
+                parts = bits.reshape(STEP, BLOCK // 32, 32)
+                ptrs = ptr_block_bits + ((out * (num_slots // 32))[:, None] + part[None, :]) * 2
+                tl.store(ptrs, tl.reduce(parts, 2, _or))
+                tl.store(ptrs + 1, tl.reduce(parts, 2, _and))
+
+
+@triton.jit(do_not_specialize=_INTS)
+def keys_kernel(
+    ptr_mask, ptr_key, ptr_start, ptr_expiry, ptr_counts, ptr_visible, ptr_entered, ptr_use_slot,
+    query_len, key_len, num_slots,
+    smb: tl.int64,
+    smk: tl.int64,
+    smn: tl.int64,
+    ROW_HEADS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    USES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program per row of a mask over keys: a slot for every key that it shows."""
+    i_row, _ = row_and_rest(1)
+    ptr_mask += i_row // ROW_HEADS * smb + i_row % ROW_HEADS * smk
+    ptr_visible += i_row * query_len
+    ptr_entered += i_row * query_len
+    slots = i_row * num_slots
+    offs = tl.arange(0, BLOCK)  # [BLOCK]
+    count = 0
+    for i in range(0, key_len, BLOCK):
+        key = i + offs
+        seen = tl.load(ptr_mask + key.to(tl.int64) * smn, mask=key < key_len, other=0).to(tl.int32)
+        upto = count + tl.cumsum(seen, 0)
+        slot = upto - 1
+        tl.store(ptr_key + slots + slot, key, mask=seen != 0)
+        tl.store(ptr_start + slots + slot, key if CAUSAL else key * 0, mask=seen != 0)
+        tl.store(ptr_expiry + slots + slot, key * 0 + _NEVER, mask=seen != 0)
+        if USES:
+            slot = tl.where(seen != 0, slot, -1)
+            tl.store(ptr_use_slot + i_row * key_len + key, slot, mask=key < key_len)
+        if CAUSAL:
+            # The query that stands at the key's position.
+            query = key - key_len + query_len
+            tl.store(ptr_visible + query, upto, mask=(key < key_len) & (query >= 0))
+        count = tl.max(upto, 0)
+    pad_slots(ptr_key + slots, ptr_start + slots, ptr_expiry + slots, count)
+    tl.store(ptr_counts + i_row * 2, count)
+    tl.store(ptr_counts + i_row * 2 + 1, 0)
+    for i in range(0, query_len, BLOCK):
+        query = i + offs
+        tl.store(ptr_entered + query, 0, mask=query < query_len)
+        before = (query < query_len) & (query < query_len - key_len)
+        if CAUSAL:
+            tl.store(ptr_visible + query, 0, mask=before)
+        else:
+            tl.store(ptr_visible + query, query * 0 + count, mask=query < query_len)
+
+
+@triton.jit
+def uses_kernel(ptr_epochs, ptr_use_slot, num_slots, BLOCK: tl.constexpr):
+    """One program per epoch, which is a whole sequence: the slot of each of its keys."""
+    i_epoch = tl.program_id(0)
+    ptr = ptr_epochs + i_epoch * 8
+    key_0, num_keys = tl.load(ptr + 3), tl.load(ptr + 4)
+    if tl.load(ptr + 1) > 0:
+        for i in range(0, num_keys, BLOCK):
+            slot = i + tl.arange(0, BLOCK)  # [BLOCK]
+            out = i_epoch * num_slots + slot
+            tl.store(ptr_use_slot + key_0 + slot, out, mask=slot < num_keys)
+
+
+def plan_packed(
+    packed: PackedSequences, query_len: int, key_len: int, *, for_backward: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Epoch table, and the slot of every key, of packed sequences whose slots are their keys.
+
+    Args:
+        packed: Borders of the sequences, and how many queries and keys each has at most: an epoch
+            is a whole sequence.
+        query_len, key_len: Totals.
+        for_backward: Also list the slot of every key, int32 ``[total_k]``, -1 for none.
+    """
+    table = epoch_table(packed, query_len, packed.max_seqlen_q)
+    use_slot = None
+    if for_backward:
+        use_slot = torch.full((key_len,), -1, dtype=torch.int32, device=table.device)
+        launch(uses_kernel, table.shape[0])(
+            table, use_slot, packed.max_seqlen_k, BLOCK=1024, num_warps=4
+        )
+    return table, use_slot
+
+
+def plan_mask(mask: Tensor, layout: MaskLayout, *, is_causal: bool, for_backward: bool) -> Plan:
+    """The plan of a bool mask ``({1|B}, {1|Hkv|H}, {1|Q}, {1|K})``, any strides.
+
+    No host synchronization; capturable in a graph. Bits take ``Q K / 8`` bytes for every batch
+    entry and head of the mask, and as much again while they are made.
+
+    Args:
+        mask: Bool, on the GPU.
+        layout: For the mask and the call; not of the kind ``"keys"``.
+        is_causal: Whether keys after a query's position are hidden as well.
+        for_backward: Also list the slots of every key.
+    """
+    tensors = [
+        torch.empty(shape, dtype=dtype, device=mask.device) if shape != (0,) else None
+        for shape, dtype in layout.shapes(for_backward)
+    ]
+    plan = Plan.of(tensors, layout.sizes, not is_causal)
+    if layout.kind == "shown":
+        _fill_shown(plan, mask, layout, is_causal)
+    else:
+        _fill_bits(plan, mask, layout, is_causal)
+    return plan
+
+
+def _fill_shown(plan: Plan, mask: Tensor, layout: MaskLayout, is_causal: bool) -> None:
+    batch, head, _, _, key = broadcast_strides(mask, layout.row_heads, 1)
+    block = min(_SCANNED, max(128, triton.next_power_of_2(layout.key_len)))
+    launch(keys_kernel, layout.row_batches * layout.row_heads)(
+        mask.view(torch.uint8), plan.slot_key, plan.slot_start, plan.slot_expiry, plan.counts,
+        plan.visible, plan.entered, plan.use_slot, layout.query_len, layout.key_len,
+        layout.num_slots, batch, head, key, ROW_HEADS=layout.row_heads, CAUSAL=is_causal,
+        USES=plan.use_slot is not None, BLOCK=block, num_warps=max(4, block // 256),
+    )  # fmt: skip
+
+
+def _fill_bits(plan: Plan, mask: Tensor, layout: MaskLayout, is_causal: bool) -> None:
+    query_len, key_len, epoch_len = layout.query_len, layout.key_len, layout.epoch_len
+    rows, num_epochs = layout.row_batches * layout.row_heads, layout.num_epochs
+    members, num_words = layout.members, epoch_len // 32
+    block = min(_PACKED, max(32, triton.next_power_of_2(key_len)))
+    num_blocks = triton.cdiv(key_len, block)
+    num_parts = 1
+    while num_parts < num_words and rows * num_epochs * num_parts * num_blocks < _PROGRAMS:
+        num_parts *= 2
+    words = torch.empty(
+        rows, members, num_epochs * num_words, key_len, dtype=torch.int32, device=mask.device
+    )
+    seen = torch.empty(rows, num_epochs, num_parts, key_len, dtype=torch.int8, device=mask.device)
+    strides = broadcast_strides(mask, layout.row_heads, members)
+    is_unit = strides[4] == 1
+    is_aligned = mask.data_ptr() % 16 == 0 and not any(stride % 16 for stride in strides[:4])
+    launch(pack_kernel, rows * num_epochs * num_parts * num_blocks)(
+        mask.view(torch.uint8), words, seen, query_len, key_len, epoch_len, num_epochs, num_parts,
+        num_blocks, *strides, ROW_HEADS=layout.row_heads, MEMBERS=members, CAUSAL=is_causal,
+        UNIT=is_unit, ALIGNED=is_aligned and is_unit, BLOCK=block, num_warps=1,
+    )  # fmt: skip
+    scanned = min(_SCANNED, max(128, triton.next_power_of_2(key_len)))
+    launch(slot_kernel, rows * num_epochs)(
+        seen, plan.slot_key, plan.counts, plan.use_slot, key_len, num_epochs, num_parts,
+        layout.num_slots, USES=plan.use_slot is not None, BLOCK=scanned,
+        num_warps=max(4, scanned // 256),
+    )  # fmt: skip
+    launch(bits_kernel, rows * num_epochs * (layout.num_slots // SLOT_ALIGN))(
+        words, plan.slot_key, plan.counts, plan.slot_bits, plan.block_bits, query_len, key_len,
+        epoch_len, num_epochs, layout.num_slots, MEMBERS=members, CAUSAL=is_causal,
+        STEP=min(8, num_words & -num_words), BLOCK=SLOT_ALIGN, num_warps=4,
+    )  # fmt: skip

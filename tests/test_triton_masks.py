@@ -1,0 +1,184 @@
+"""Bool masks and biases of every pattern, interpreted on the CPU in fp32, against fp64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from compare import largest_error
+from interpreter import run_interpreted
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from flash_sparse_attn.backends.triton.backward import Needs, backward
+from flash_sparse_attn.backends.triton.config import TileConfig, Tiles
+from flash_sparse_attn.backends.triton.forward import forward
+from flash_sparse_attn.backends.triton.inputs import Bias, Call
+from flash_sparse_attn.backends.triton.masks import MaskLayout
+from flash_sparse_attn.backends.triton.plan_mask import plan_mask, plan_packed
+from flash_sparse_attn.plan import Plan
+from flash_sparse_attn.reference import attention_reference
+from flash_sparse_attn.varlen import PackedSequences
+
+# fp32 throughout: values and gradients are of order 1 to 10.
+TOLERANCE = 3e-5
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call. A 1 in a shape is a broadcast dimension."""
+
+    kind: str = "bits"
+    batch: int = 1
+    queries: int = 70
+    keys: int = 70
+    heads: int = 2
+    kv_heads: int = 1
+    mask: tuple[int, int, int, int] | None = (1, 1, 70, 70)
+    bias: tuple[int, int, int, int] | None = None
+    is_causal: bool = True
+    pattern: str = "random"
+    epoch: int = 32
+    softcap: float = 0.0
+    uses_tma: bool = False
+    is_expanded: bool = False
+    block_m: int = 16
+    packed: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+
+
+def mask_of(case: Case) -> Tensor | None:
+    if case.mask is None:
+        return None
+    query = torch.arange(case.mask[2])[:, None]
+    key = torch.arange(case.mask[3])
+    mask = {
+        "random": torch.rand(case.mask) < 0.3,
+        "sparse": torch.rand(case.mask) < 0.02,
+        "window": ((key <= query) & (query < key + 20)).expand(case.mask),
+        "blocks": ((query // 16 + key // 16) % 3 == 0).expand(case.mask),
+        "all": torch.ones(case.mask, dtype=torch.bool),
+        "none": torch.zeros(case.mask, dtype=torch.bool),
+    }[case.pattern].clone()
+    if case.pattern == "random" and case.mask[2] > 40:
+        mask[:, :, 20:40] = False  # rows that see nothing, among them a whole tile
+    return mask
+
+
+def plan_of(case: Case, mask: Tensor | None) -> Plan:
+    layout = MaskLayout.of(
+        None if mask is None else mask.shape, case.queries, case.keys, case.heads, case.kv_heads,
+        case.batch, case.kind, case.epoch,
+    )  # fmt: skip
+    if case.kind != "keys":
+        return plan_mask(mask, layout, is_causal=case.is_causal, for_backward=True)
+    epochs = use_slot = None
+    sizes = layout.sizes
+    if case.packed is not None:
+        borders = [torch.tensor(b, dtype=torch.int32) for b in case.packed]
+        packed = PackedSequences(*borders, 48, 128)
+        epochs, use_slot = plan_packed(packed, case.queries, case.keys, for_backward=True)
+        sizes = [48, 128, case.queries, case.keys]
+    tensors = [*[None] * 7, use_slot, epochs, None, None, mask]
+    return Plan.of(tensors, sizes, not case.is_causal)
+
+
+def reference(case: Case, query: Tensor, key: Tensor, value: Tensor, mask, bias) -> list[Tensor]:
+    """Output and lse; packed sequences one by one."""
+    options = {"is_causal": case.is_causal, "softcap": case.softcap}
+    if case.packed is None:
+        return list(attention_reference(query, key, value, mask, bias, **options)[:2])
+    outs, lses = [], []
+    queries, keys = case.packed
+    for q0, q1, k0, k1 in zip(queries, queries[1:], keys, keys[1:], strict=False):
+        out, lse, _ = attention_reference(
+            query[:, q0:q1], key[:, k0:k1], value[:, k0:k1],
+            None if mask is None else mask[..., k0:k1], None if bias is None else bias[..., k0:k1],
+            **options,
+        )  # fmt: skip
+        outs.append(out)
+        lses.append(lse)
+    return [torch.cat(outs, 1), torch.cat(lses, 2)]
+
+
+def check(case: Case) -> None:
+    torch.manual_seed(0)
+    query = torch.randn(case.batch, case.queries, case.heads, 16)
+    key, value = (torch.randn(case.batch, case.keys, case.kv_heads, 16) for _ in range(2))
+    grad = torch.randn_like(query) * 1.7
+    mask = mask_of(case)
+    bias = None if case.bias is None else torch.randn(case.bias)
+    if bias is not None:
+        bias = torch.where(torch.rand(bias.shape) < 0.05, -torch.inf, bias)
+    inputs = [query, key, value] + ([] if bias is None else [bias])
+    truth_inputs = [t.double().requires_grad_() for t in inputs]
+    truth, truth_lse = reference(
+        case, *truth_inputs[:3], mask, truth_inputs[3] if bias is not None else None
+    )
+    truths = torch.autograd.grad(truth, truth_inputs, grad.double(), allow_unused=True)
+    if case.is_expanded and mask is not None:
+        mask = mask.expand(case.batch, case.heads, *mask.shape[2:])
+    plan = plan_of(case, mask)
+    sizes = ((case.block_m, 16), (case.block_m, 16), (case.block_m, 32))
+    tiles = Tiles(*(TileConfig(*size, 1, 1, case.uses_tma) for size in sizes))
+    wrapped = None if bias is None else Bias.of(bias, case.heads, case.kv_heads)
+    call = Call(0.25, case.softcap, wrapped)
+    out, lse, norm = forward(plan, query, key, value, call, with_norm=True, config=tiles.forward)
+    grads = backward(
+        plan, query, key, value, out, norm, grad, call, Needs(bias=bias is not None), tiles=tiles
+    )
+    names = ("out", "lse", "grad query", "grad key", "grad value", "grad bias")
+    for name, result, expected in zip(
+        names, (out, lse, *grads), (truth, truth_lse, *truths), strict=False
+    ):
+        assert largest_error(result, expected.detach(), name) < TOLERANCE, name
+
+
+# A sequence without queries, one without keys, one with fewer keys than queries.
+PACKED = ((0, 20, 20, 30, 70), (0, 25, 32, 32, 70))
+CASES = {
+    "bits": Case(),
+    "bits, not causal": Case(is_causal=False),
+    "bits, other length": Case(queries=45, mask=(1, 1, 45, 70)),
+    "bits, more queries than keys": Case(keys=45, mask=(1, 1, 70, 45)),
+    "bits, head mask": Case(heads=4, kv_heads=2, mask=(1, 4, 70, 70), bias=(1, 4, 70, 70)),
+    "bits, rows of batch": Case(batch=2, kv_heads=2, mask=(2, 1, 70, 70), bias=(1, 1, 1, 70)),
+    "bits, rows of KV heads": Case(batch=2, kv_heads=2, mask=(1, 2, 70, 70), bias=(2, 1, 70, 70)),
+    "bits, expanded": Case(batch=2, mask=(1, 1, 70, 1), is_expanded=True),
+    "bits, window": Case(pattern="window", bias=(1, 1, 70, 70)),
+    "bits, blocks": Case(pattern="blocks", heads=1),
+    "bits, sparse": Case(pattern="sparse", bias=(1, 2, 1, 70)),
+    "bits, all": Case(pattern="all", bias=(1, 1, 70, 70), softcap=5.0),
+    "bits, none": Case(pattern="none", bias=(1, 1, 70, 70)),
+    "bits, group of 3": Case(heads=3, bias=(1, 1, 70, 70)),
+    "bits, group of 3, head mask": Case(heads=3, mask=(1, 3, 70, 70), bias=(1, 3, 70, 70)),
+    "bits, wide tile": Case(heads=1, block_m=64, epoch=64, bias=(1, 1, 70, 70)),
+    "key mask": Case("shown", mask=(1, 1, 1, 70), bias=(1, 1, 1, 70)),
+    "key mask, not causal": Case("shown", mask=(1, 1, 1, 70), is_causal=False, bias=(1, 1, 70, 70)),
+    "key mask, more queries": Case("shown", keys=45, mask=(1, 1, 1, 45), bias=(1, 2, 1, 45)),
+    "key mask, batch": Case("shown", batch=2, kv_heads=2, mask=(2, 1, 1, 70), uses_tma=True),
+    "key mask, none": Case("shown", mask=(1, 1, 1, 70), pattern="none", is_causal=False),
+    "keys": Case("keys", mask=None, bias=(1, 1, 1, 70)),
+    "keys, descriptors": Case("keys", mask=None, bias=(1, 1, 1, 70), uses_tma=True),
+    "keys, not causal": Case("keys", mask=None, bias=(1, 2, 1, 70), is_causal=False),
+    "keys, no bias": Case("keys", mask=None, queries=45),
+    "keys, more queries": Case("keys", mask=None, keys=45, bias=(1, 1, 1, 45), epoch=96),
+    "keys, pair bias": Case("keys", mask=None, batch=2, kv_heads=2, bias=(1, 1, 70, 70)),
+    "keys, pair bias of groups": Case("keys", mask=None, heads=4, kv_heads=2, bias=(1, 2, 70, 70)),
+    "keys, bias of queries": Case("keys", mask=None, bias=(1, 1, 70, 1)),
+    "keys, mask": Case("keys", bias=(1, 1, 70, 70)),
+    "keys, head mask": Case("keys", heads=4, kv_heads=2, mask=(1, 4, 70, 70), bias=(1, 4, 1, 70)),
+    "keys, mask of keys": Case("keys", batch=2, mask=(2, 1, 1, 70), is_causal=False),
+    "packed": Case("keys", mask=None, heads=4, kv_heads=2, bias=(1, 2, 1, 70), packed=PACKED),
+    "packed, mask": Case("keys", mask=(1, 1, 1, 70), is_causal=False, packed=PACKED),
+    "keys, softcap": Case("keys", softcap=5.0, bias=(1, 1, 70, 70)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_attention(name: str) -> None:
+    check(CASES[name])
+
+
+run_interpreted(globals())
