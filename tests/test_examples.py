@@ -5,13 +5,16 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-pytest.importorskip("transformers", "5.17", reason="needs Transformers 5.17")
-pytest.importorskip("accelerate", reason="the Trainer needs it")
+with warnings.catch_warnings():  # of what they import
+    warnings.simplefilter("ignore")
+    pytest.importorskip("transformers", "5.17", reason="needs Transformers 5.17")
+    pytest.importorskip("accelerate", reason="the Trainer needs it")
 pytestmark = pytest.mark.filterwarnings("ignore")
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,9 @@ SNIPPETS = snippets()
 @pytest.mark.parametrize("place", SNIPPETS)
 def test_snippet_runs(place):
     if "transformers" in SNIPPETS[place]:
-        pytest.importorskip("transformers", "5.17")
+        with warnings.catch_warnings():  # of what it imports
+            warnings.simplefilter("ignore")
+            pytest.importorskip("transformers", "5.17")
     page, _, line = place.rpartition(":")
     # Empty lines before it make a traceback show the line of the page.
     code = compile("\n" * (int(line) - 1) + SNIPPETS[place], str(ROOT / page), "exec")

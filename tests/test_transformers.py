@@ -146,6 +146,29 @@ def test_sliding_windows(kind):
         assert torch.equal(found, expected)
 
 
+FAMILIES = {
+    "Gemma2": {"sliding_window": 8},  # softcap, and every other layer slides
+    "Cohere2": {"sliding_window": 8},
+    "Qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    "Mixtral": {"num_local_experts": 2},
+    "GPTNeoX": {},
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_other_families(name):
+    model, mask = make(name, **FAMILIES[name]), padding("left", 2, 20)
+    ours = with_attention(model, "fsa")
+    inputs = {"input_ids": tokens(2, 20), "attention_mask": mask}
+    expected, found = model(**inputs).logits, ours(**inputs).logits
+    real = mask.bool()
+    torch.testing.assert_close(found[real], expected[real], rtol=1e-4, atol=1e-5)
+    written, _ = greedy(model, tokens(2, 20), 4, attention_mask=mask)
+    for cache in (None, "static"):
+        options = {"attention_mask": mask, "cache_implementation": cache}
+        assert torch.equal(greedy(ours, tokens(2, 20), 4, **options)[0], written)
+
+
 def test_sliding_window_in_packed_rows():
     model = make("Mistral", sliding_window=6)
     inputs = {"input_ids": tokens(1, 30), "position_ids": (torch.arange(30) % 13)[None]}
