@@ -11,6 +11,7 @@ from compare import assert_fair
 from oracles import scores_of_kind, visible_keys
 
 from flash_sparse_attn import WindowCache, dynamic_mask_attn_func, select_keys
+from flash_sparse_attn.backends import eager_window
 from flash_sparse_attn.reference import attention_reference
 
 # What no kernel takes, such as fp32, runs on the eager backend, which warns on a GPU.
@@ -195,6 +196,15 @@ def test_state_does_not_depend_on_the_pieces(kind, keep_first, keep_recent):
             caches.append(cache)
     for cache in caches[1:]:
         assert_same_contents(caches[0], cache, STATE[:-1])
+
+
+def test_a_long_prompt_is_read_in_pieces(monkeypatch):
+    text = make_text("few values", padded="scattered")
+    whole, parts = make_cache(keep_recent=2), make_cache(keep_recent=2)
+    prefill(whole, text)
+    monkeypatch.setattr(eager_window, "_PIECE", 7)
+    prefill(parts, text)
+    assert_same_contents(whole, parts, STATE[:-1])
 
 
 def test_a_single_token_is_a_short_piece():

@@ -131,7 +131,7 @@ class WindowCache:
     def prefill(
         self, key: Tensor, value: Tensor, scores: Tensor, *, key_mask: Tensor | None = None
     ) -> None:
-        """Read tokens without attending: a prompt at once, or chunk by chunk with constant memory.
+        """Read tokens without attending, in constant extra memory: a prompt, or piece by piece.
 
         Args:
             key: ``[B, T, Hkv, D]`` in the dtype and on the device of the cache.
@@ -143,7 +143,7 @@ class WindowCache:
             TypeError, ValueError: An argument does not fit. The cache is unchanged.
         """
         self._check(key, value, scores, key_mask)
-        eager_window.Candidates(self.state, scores, key_mask).commit(key, value)
+        eager_window.read(self.state, key, value, scores, key_mask)
 
     def step(
         self,

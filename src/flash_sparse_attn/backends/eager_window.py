@@ -9,6 +9,9 @@ from ..intervals import order_key
 from ..quantize import as_bytes, dequantize, quantize
 from ..window_state import EMPTY, WindowState
 
+# Tokens that are read at once.
+_PIECE = 1 << 16
+
 
 class Candidates:
     """The survivors of a state and the tokens of a piece, side by side.
@@ -102,6 +105,16 @@ class Candidates:
     def _rows(self, per_entry: Tensor) -> Tensor:
         """``[B]`` as a column for arrays of ``[B * Hkv, C + T]``."""
         return per_entry[:, None].expand(-1, self.state.key.shape[1]).reshape(-1, 1)
+
+
+def read(
+    state: WindowState, key: Tensor, value: Tensor, scores: Tensor, key_mask: Tensor | None
+) -> None:
+    """Read tokens ``[B, T, ...]`` of any number in the same extra memory."""
+    for begin in range(0, key.shape[1], _PIECE):
+        piece = slice(begin, begin + _PIECE)
+        mask = None if key_mask is None else key_mask[:, piece]
+        Candidates(state, scores[..., piece], mask).commit(key[:, piece], value[:, piece])
 
 
 def rank_keys(score: Tensor, position: Tensor) -> Tensor:

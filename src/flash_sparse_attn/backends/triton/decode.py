@@ -71,7 +71,8 @@ def _list_keys(
             some = tl.zeros([SCAN], tl.uint8)
             for row in range(first, last + 1):
                 ptrs = ptr_mask + offs_key + tl.cast(row // GROUP, tl.int64) * smq
-                some = some | tl.load(ptrs + (row % GROUP) * smg, mask=seen, other=0)
+                ptrs += tl.cast(row % GROUP, tl.int64) * smg
+                some = some | tl.load(ptrs, mask=seen, other=0)
             seen = seen & (some != 0)
         listed = seen.to(tl.int32)
         place = count + tl.cumsum(listed, 0) - listed
@@ -262,11 +263,11 @@ def split_kernel(
             bias = tl.load(ptr_bias + offs_key * sbn, mask=inside, other=0.0)
             scores += log2_bias(bias)[None, :]
         elif BIAS == "rows":
-            offs_row = (i_query.to(tl.int64) * sbq + i_group * sbg)[:, None]
+            offs_row = (i_query.to(tl.int64) * sbq + i_group.to(tl.int64) * sbg)[:, None]
             ptrs = ptr_bias + offs_row + (offs_key * sbn)[None, :]
             scores += log2_bias(tl.load(ptrs, mask=mask_row[:, None] & sees, other=0.0))
         if MASK == "rows":
-            offs_row = (i_query.to(tl.int64) * smq + i_group * smg)[:, None]
+            offs_row = (i_query.to(tl.int64) * smq + i_group.to(tl.int64) * smg)[:, None]
             ptrs = ptr_mask + offs_row + (offs_key * smn)[None, :]
             sees = sees & (tl.load(ptrs, mask=mask_row[:, None] & sees, other=0) != 0)
         if IS_CAUSAL:

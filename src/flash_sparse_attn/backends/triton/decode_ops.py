@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from ...intervals import KeySelection
+from ...problem import Problem
 from ...quantize import FP8
 from ...window_state import WindowState
 
 _DTYPES = (torch.float16, torch.bfloat16)
 _FP8_CAPABILITY = (8, 9)
+_MAX_ROWS = 64
 
 _library = torch.library.Library("flash_sparse_attn", "FRAGMENT")
 _library.define(
@@ -110,6 +112,16 @@ def _(*args: Any) -> None:
 def _results(query: Tensor) -> tuple[Tensor, Tensor]:
     batch, length, heads, _ = query.shape
     return query.new_empty(query.shape), query.new_empty(batch, heads, length, dtype=torch.float32)
+
+
+def serves(problem: Problem) -> bool:
+    """Whether a call of the attention functions is one of few queries without gradients.
+
+    Up to 64 rows (queries times heads of a KV head) are one tile: it needs no plan, and its keys
+    are split over all multiprocessors.
+    """
+    rows = problem.query_len * (problem.num_heads // problem.num_kv_heads)
+    return rows <= _MAX_ROWS and problem.packed is None and not problem.requires_grad
 
 
 def unsupported(query: Tensor, stored: Tensor) -> list[str]:
