@@ -18,6 +18,8 @@ from tiny_models import (
 )
 from torch import nn
 
+from flash_sparse_attn import KeySelection
+from flash_sparse_attn.integrations import dynamic
 from flash_sparse_attn.integrations import transformers as integration
 from flash_sparse_attn.integrations.transformers import apply_to_doge
 from flash_sparse_attn.integrations.window_layer import WindowLayer
@@ -246,6 +248,33 @@ def test_compiled_steps_over_a_static_cache():
                 logits.append(step(token, past_key_values=cache).logits)
         whole = model(text, use_cache=False).logits
     torch.testing.assert_close(torch.cat(logits, dim=1), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_all_but_the_eager_backend_compiles_as_one_graph(monkeypatch):
+    """On GPUs selection and attention are operators; here dense ones of PyTorch stand for them."""
+
+    def select(scores: torch.Tensor, window_size: int, **options: object) -> KeySelection:
+        position = torch.arange(scores.shape[-1], dtype=torch.int32).expand(scores.shape)
+        ends = position + window_size
+        mask = options["key_mask"]
+        return KeySelection(position, ends, scores.detach(), "causal", window_size, key_mask=mask)
+
+    def attend(*call: torch.Tensor, **options: object) -> torch.Tensor:
+        query, key, value, selection, bias = call
+        visible = selection.to_dense() & selection.key_mask[:, None, None]
+        bias = bias.masked_fill(~visible, -1e30).repeat_interleave(2, dim=1)
+        rows = [x.transpose(1, 2) for x in (query, key, value)]
+        out = nn.functional.scaled_dot_product_attention(*rows, attn_mask=bias, enable_gqa=True)
+        return out.transpose(1, 2)
+
+    monkeypatch.setattr(dynamic, "select_keys", select)
+    monkeypatch.setattr(dynamic, "flash_sparse_attn_func", attend)
+    model, mask = fast(doge()), padding("left", 2, 30)
+    inputs = {"input_ids": tokens(2, 30), "attention_mask": mask, "use_cache": False}
+    expected = model(**inputs).logits
+    torch._dynamo.reset()
+    found = torch.compile(model, backend="eager", fullgraph=True)(**inputs).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_compiled_training():

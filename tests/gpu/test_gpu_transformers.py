@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from test_transformers_convert import converted
 from test_transformers_doge import doge, fast
 from tiny_models import make, tokens, transformers, with_attention
