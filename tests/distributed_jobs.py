@@ -11,10 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from flash_sparse_attn import DynamicMaskAttention
 from flash_sparse_attn.distributed import (
     context_parallel_attn_func,
     context_parallel_attn_varlen_func,
+    sharded_attn_func,
     survivors,
 )
 
@@ -73,6 +77,68 @@ def attend(
         results.append({"out": out.detach(), "lse": lse, **named})
     survivors.FAN = 8
     return results
+
+
+def run_layer(
+    group: Group,
+    layer: DynamicMaskAttention,
+    hidden: Tensor,
+    grad: Tensor,
+    lengths: list[int],
+    options: dict[str, Any],
+) -> Inputs:
+    """A layer's output for a shard, and gradients of the shard and of the parameters."""
+    layer.mesh = group
+    packed = options.get("cu_seqlens") is not None
+    begin, dim = sum(lengths[: group.rank()]), 0 if packed else 1
+    shard = [x.narrow(dim, begin, lengths[group.rank()]) for x in (hidden, grad)]
+    if (mask := options.get("key_mask")) is not None:
+        options = {**options, "key_mask": mask.narrow(1, begin, lengths[group.rank()])}
+    leaf = shard[0].clone().requires_grad_()
+    out = layer(leaf, shard_lengths=lengths, **options)
+    out.backward(shard[1])
+    grads = {name: parameter.grad for name, parameter in layer.named_parameters()}
+    return {"out": out.detach(), "dhidden": leaf.grad, **grads}
+
+
+def run_sharded_layer(
+    group: Group, layer: DynamicMaskAttention, hidden: Tensor, grad: Tensor
+) -> Inputs:
+    """`run_layer` with parameters that FSDP2 shards over the ranks that the texts lie on."""
+    size = group.size()
+    mesh = init_device_mesh("cpu", (size,))
+    layer.mesh = mesh
+    fully_shard(layer, mesh=mesh)
+    shard = [x.chunk(size, dim=1)[group.rank()] for x in (hidden, grad)]
+    out = layer(shard[0])
+    out.backward(shard[1])
+    grads = {name: parameter.grad for name, parameter in layer.named_parameters()}
+    return {"out": out.detach()} | {name: value.full_tensor() for name, value in grads.items()}
+
+
+def attend_sharded(
+    group: Group,
+    shape: tuple[int, ...],
+    placements: list[str],
+    inputs: Inputs,
+    window: int,
+    options: dict[str, Any],
+) -> list[Tensor]:
+    """Output, lse and gradients of whole tensors, sharded over a mesh of all processes."""
+    mesh = init_device_mesh("cpu", shape)
+    order = {"query": "btn", "key": "btn", "value": "btn", "scores": "bnt", "key_mask": "bt"}
+
+    def place(name: str, tensor: Tensor) -> DTensor:
+        dims = [order[name].find(letter) for letter in placements]
+        return distribute_tensor(tensor, mesh, [Shard(d) if d >= 0 else Replicate() for d in dims])
+
+    names = ("query", "key", "value", "scores")
+    leaves = [place(name, inputs[name]).requires_grad_() for name in names]
+    if "key_mask" in inputs:
+        options = {**options, "key_mask": place("key_mask", inputs["key_mask"])}
+    out, lse = sharded_attn_func(*leaves, window, return_lse=True, **options)
+    grads = torch.autograd.grad(out, leaves, place("query", inputs["grad"]))
+    return [tensor.full_tensor() for tensor in (out.detach(), lse, *grads)]
 
 
 def attend_on(group: Group, kind: str, inputs: Inputs, window: int) -> Inputs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from compare import assert_fair, largest_error
 from oracles import outputs_and_gradients, scores_of_kind, visible_keys
 from processes import Processes
+from test_nn import make_hidden, make_layer
 from torch import Tensor
 
 from flash_sparse_attn.reference import attention_reference
@@ -239,6 +241,111 @@ def test_arguments_that_do_not_fit(processes, size):
     short |= {name: torch.zeros(1, 3, 1, 4) for name in ("key", "value")}
     outcomes = processes.outcomes(size, jobs.call, [{}] * (size - 1) + [short])
     assert all(not ok and "shard_lengths[" in text for ok, text in outcomes)
+
+
+LAYER_INPUTS = {
+    "rows": {},
+    "padding": {"key_mask": torch.arange(40) >= torch.tensor([[15], [0]])},
+    "packed": {"cu_seqlens": torch.tensor([0, 7, 33, 40], dtype=torch.int32)},
+}
+
+
+@pytest.mark.parametrize("kind", LAYER_INPUTS)
+def test_layer(processes, size, kind):
+    """The layer with a mesh, its rotary embedding included: outputs and gradients of one process.
+
+    Scores have the same bits, so that the choice is the same.
+    """
+    layer, options = (
+        make_layer(dtype=torch.float64, keep_first=1, keep_recent=2),
+        LAYER_INPUTS[kind],
+    )
+    hidden = make_hidden(dtype=torch.float64)
+    hidden = hidden[0] if kind == "packed" else hidden
+    generator = torch.Generator().manual_seed(2)
+    grad = torch.randn(hidden.shape, generator=generator, dtype=torch.float64)
+    if "key_mask" in options:  # rows of padding mean nothing
+        grad *= options["key_mask"][..., None]
+    copy_of_layer = copy.deepcopy(layer)
+    leaf = hidden.clone().requires_grad_()
+    expected = copy_of_layer(leaf, **options)
+    expected.backward(grad)
+    for uneven in (False, True):
+        lengths = shares(size, 40, uneven)
+        results = processes.run(size, jobs.run_layer, layer, hidden, grad, lengths, options)
+        dim = 0 if kind == "packed" else 1
+        for name, whole in (("out", expected), ("dhidden", leaf.grad)):
+            found = torch.cat([result[name] for result in results], dim)
+            torch.testing.assert_close(found, whole, rtol=1e-6, atol=1e-6)
+        for name, parameter in copy_of_layer.named_parameters():
+            found = sum(result[name] for result in results)
+            torch.testing.assert_close(found, parameter.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_layer_with_sharded_parameters(processes):
+    """FSDP2 averages gradients over the ranks, which hold parts of the same texts."""
+    layer, hidden = make_layer(dtype=torch.float64), make_hidden(dtype=torch.float64)
+    grad = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2)).double()
+    results = processes.run(4, jobs.run_sharded_layer, layer, hidden, grad)
+    expected = layer(hidden)
+    expected.backward(grad)
+    found = torch.cat([result["out"] for result in results], dim=1)
+    torch.testing.assert_close(found, expected)
+    for name, parameter in layer.named_parameters():
+        for result in results:
+            found = 4 * result[name]
+            torch.testing.assert_close(found, parameter.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_layer_refuses_what_a_mesh_cannot_do():
+    with pytest.raises(ValueError, match="mode: expected 'causal' with a mesh, got 'relu'"):
+        make_layer(mode="relu", is_causal=True, mesh="mesh")
+    layer = make_layer(mesh="mesh")
+    with pytest.raises(ValueError, match="cache: expected None with a mesh"):
+        layer(make_hidden(), cache=layer.make_cache(2))
+    with pytest.raises(ValueError, match="shard_lengths: expected None without a mesh"):
+        make_layer()(make_hidden(), shard_lengths=[40])
+
+
+# The shape of a mesh of four ranks, and what each of its dimensions shards: the batch, the tokens,
+# the heads ("n"), or nothing.
+SHARDINGS = (
+    ((2, 2), "bn"),
+    ((2, 2), "bt"),
+    ((2, 2), "tn"),
+    ((2, 2), " n"),
+    ((1, 2, 2), "bnt"),
+    ((4,), "t"),
+)
+
+
+@pytest.mark.parametrize(("shape", "letters"), SHARDINGS, ids=str)
+def test_distributed_tensors(processes, shape, letters):
+    inputs = make(21)  # tokens that do not divide
+    mask = torch.rand(2, 21, generator=torch.Generator().manual_seed(1)) < 0.8
+    for options in ({}, {"key_mask": mask}):
+        given = inputs | options
+        keep = {"keep_first": 1, "keep_recent": 2}
+        shards = processes.run(4, jobs.attend_sharded, shape, list(letters), given, 5, keep)
+        names = ("out", "lse", "dquery", "dkey", "dvalue", "dscores")
+        for shard in shards:
+            whole = dict(zip(names, shard, strict=True))
+            check(whole, inputs, mask_of(inputs, 5, **options, **keep))
+
+
+def test_distributed_tensors_that_do_not_fit(processes):
+    inputs = make(8)
+    inputs = {
+        name: tensor[:, :, :1] if name in ("key", "value") else tensor
+        for name, tensor in inputs.items()
+    }
+    inputs["scores"] = inputs["scores"][:, :1]
+    for letters, text in (
+        ("tt", "query: expected tokens sharded on one dimension of the mesh, got 0 and 1"),
+        ("bn", "key: expected KV heads that divide among 2 ranks, got 1"),
+    ):
+        outcomes = processes.outcomes(4, jobs.attend_sharded, (2, 2), list(letters), inputs, 5, {})
+        assert all(not ok and text in message for ok, message in outcomes)
 
 
 def test_meshes(processes):

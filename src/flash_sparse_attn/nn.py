@@ -15,13 +15,17 @@ from .selection import MODES
 from .window_cache import WindowCache
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from typing_extensions import Unpack
+
+    from .distributed.ranks import Mesh
 
 SCORE_ACTIVATIONS = ("softplus", "exp")
 
 
 class AttentionOptions(TypedDict, total=False):
-    """Options of `DynamicMaskAttention` that go to `dynamic_mask_attn_func` as they are."""
+    """Options of `DynamicMaskAttention`: those of `dynamic_mask_attn_func`, and the mesh."""
 
     mode: str
     is_causal: bool | None
@@ -30,6 +34,7 @@ class AttentionOptions(TypedDict, total=False):
     softmax_scale: float | None
     softcap: float | None
     backend: str | None
+    mesh: Mesh | None
 
 
 class DynamicMaskAttention(nn.Module):
@@ -59,7 +64,10 @@ class DynamicMaskAttention(nn.Module):
             Transformers' Doge.
         bias: Whether the projections have biases.
         **attention: `AttentionOptions`: `mode`, `is_causal`, `keep_first`, `keep_recent`,
-            `softmax_scale`, `softcap` and `backend` of `dynamic_mask_attn_func`.
+            `softmax_scale`, `softcap` and `backend` of `dynamic_mask_attn_func`, and `mesh`, a
+            `DeviceMesh` of one dimension or a `ProcessGroup`: texts are cut along its ranks, as in
+            `distributed.context_parallel_attn_func`, and every rank calls with its own tokens.
+            Gradients of parameters are those of the rank's tokens, to be added over the ranks.
 
     Raises:
         TypeError, ValueError: An argument has a wrong type or value.
@@ -109,7 +117,8 @@ class DynamicMaskAttention(nn.Module):
             raise ValueError(f"score_activation: expected {expected}, got {score_activation!r}")
         defaults: dict[str, Any] = {"mode": "causal", "keep_first": 0, "keep_recent": 0}
         self.attention = {**defaults, **attention}
-        _check_options(self.attention)
+        self.mesh = self.attention.pop("mesh", None)
+        _check_options(self.attention, self.mesh)
 
         self.hidden_size = hidden_size
         self.num_heads = num_heads
@@ -138,6 +147,7 @@ class DynamicMaskAttention(nn.Module):
         key_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         cache: WindowCache | None = None,
+        shard_lengths: Sequence[int] | None = None,
     ) -> Tensor:
         """Attend within each sequence.
 
@@ -147,8 +157,10 @@ class DynamicMaskAttention(nn.Module):
                 rotary embedding, if any. Default: the number of real tokens before the token.
             key_mask: Bool ``[B, S]``, True for real tokens, padding left or right. Rows of padding
                 are computed and mean nothing.
-            cu_seqlens: int32 ``[N + 1]``, borders of packed sequences, which do not see each other.
+            cu_seqlens: int32 ``[N + 1]``, borders of packed sequences, which do not see each other;
+                with a mesh those in the tokens of all ranks.
             cache: From `make_cache`. The tokens continue the cached text and are added to it.
+            shard_lengths: With a mesh, the tokens of every rank; default: as many as here.
 
         Returns:
             A tensor in the shape of `hidden_states`.
@@ -158,7 +170,7 @@ class DynamicMaskAttention(nn.Module):
                 unchanged.
         """
         shape = hidden_states.shape
-        self._check(hidden_states, key_mask, cu_seqlens, cache)
+        self._check(hidden_states, key_mask, cu_seqlens, cache, shard_lengths)
         if cu_seqlens is not None:
             hidden_states = hidden_states.reshape(-1, self.hidden_size)
 
@@ -170,7 +182,13 @@ class DynamicMaskAttention(nn.Module):
             query = self.q_norm(query.to(self.q_norm.weight.dtype))
             key = self.k_norm(key.to(self.k_norm.weight.dtype))
         if self.rope_theta is not None:
-            if position_ids is None:
+            if position_ids is None and self.mesh is not None:
+                from .distributed import token_positions
+
+                position_ids = token_positions(
+                    hidden_states, self.mesh, key_mask, cu_seqlens, shard_lengths
+                )
+            elif position_ids is None:
                 position_ids = _positions(hidden_states, key_mask, cu_seqlens)
                 if cache is not None:
                     position_ids = cache.seen_tokens[:, None] + position_ids
@@ -184,6 +202,20 @@ class DynamicMaskAttention(nn.Module):
             names = options.keys() & {"softmax_scale", "softcap", "backend"}
             options = {name: options[name] for name in names}
             out = cache.step(query, key, value, scores, key_mask=key_mask, **options)
+        elif self.mesh is not None:
+            # Here, because there are builds of PyTorch without torch.distributed.
+            from .distributed import context_parallel_attn_func, context_parallel_attn_varlen_func
+
+            options = {name: options[name] for name in options.keys() - {"mode", "is_causal"}}
+            options |= {"mesh": self.mesh, "shard_lengths": shard_lengths}
+            if cu_seqlens is None:
+                out = context_parallel_attn_func(
+                    query, key, value, scores, self.window_size, key_mask=key_mask, **options
+                )
+            else:
+                out = context_parallel_attn_varlen_func(
+                    query, key, value, scores, cu_seqlens, self.window_size, **options
+                )
         elif cu_seqlens is None:
             options = {**options, "key_mask": key_mask}
             out = dynamic_mask_attn_func(query, key, value, scores, self.window_size, **options)
@@ -245,6 +277,7 @@ class DynamicMaskAttention(nn.Module):
         key_mask: Tensor | None,
         cu_seqlens: Tensor | None,
         cache: WindowCache | None,
+        shard_lengths: Sequence[int] | None,
     ) -> None:
         """Shapes of `forward`, and which arguments exclude each other."""
         shape, device = hidden_states.shape, hidden_states.device
@@ -256,8 +289,19 @@ class DynamicMaskAttention(nn.Module):
                 f"hidden_states: expected {form} with hidden_size = {self.hidden_size}, got "
                 f"{tuple(shape)}; [T, hidden_size] goes with cu_seqlens"
             )
+        if self.mesh is None and shard_lengths is not None:
+            raise ValueError(
+                f"shard_lengths: expected None without a mesh, got {shard_lengths}; make the layer "
+                "with mesh="
+            )
+        if self.mesh is not None and cache is not None:
+            raise ValueError(
+                "cache: expected None with a mesh: decoding needs no more than the constant-size "
+                "cache of one process; load the weights into a layer without mesh"
+            )
         if cu_seqlens is not None:
-            checks.check_cu_seqlens("cu_seqlens", cu_seqlens, shape[-2], device)
+            if self.mesh is None:  # else the borders are those of all ranks
+                checks.check_cu_seqlens("cu_seqlens", cu_seqlens, shape[-2], device)
             if key_mask is not None or cache is not None:
                 raise ValueError(
                     "cu_seqlens: expected neither key_mask nor cache with packed sequences; drop "
@@ -277,7 +321,7 @@ class DynamicMaskAttention(nn.Module):
                 )
 
 
-def _check_options(attention: dict[str, Any]) -> None:
+def _check_options(attention: dict[str, Any], mesh: Mesh | None) -> None:
     known = AttentionOptions.__annotations__.keys()
     if unknown := attention.keys() - known:
         raise TypeError(f"unknown arguments {sorted(unknown)}; expected any of {sorted(known)}")
@@ -287,6 +331,11 @@ def _check_options(attention: dict[str, Any]) -> None:
     if is_causal is (False if mode == "causal" else None):
         expected = "None or True" if mode == "causal" else "True or False"
         raise ValueError(f"is_causal: expected {expected} with mode={mode!r}, got {is_causal}")
+    if mesh is not None and mode != "causal":
+        raise ValueError(
+            f"mode: expected 'causal' with a mesh, got {mode!r}; in the others keys do not leave, "
+            "and all would have to travel"
+        )
     checks.check_count("keep_first", attention["keep_first"], 0)
     checks.check_count("keep_recent", attention["keep_recent"], 0)
     checks.check_softcap(attention.get("softcap"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -179,6 +179,47 @@ def context_parallel_attn_varlen_func(
     )
 
 
+def token_positions(
+    hidden_states: Tensor,
+    mesh: Mesh,
+    key_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    shard_lengths: Sequence[int] | None = None,
+) -> Tensor:
+    """The number of real tokens before each token of a rank, in its whole text.
+
+    Args:
+        hidden_states: ``[B, S, ...]``, the rank's own stretch; packed ``[T, ...]``.
+        mesh, key_mask, cu_seqlens, shard_lengths: As in `context_parallel_attn_func`. A mask costs
+            an exchange of its counts.
+
+    Returns:
+        int64 ``[B, S]`` or ``[1, S]``; packed ``[T]``.
+    """
+    ranks = Ranks.of(mesh)
+    length = hidden_states.shape[0 if cu_seqlens is not None else 1]
+    begin = _offsets(ranks, length, shard_lengths)[ranks.rank]
+    index = torch.arange(begin, begin + length, device=hidden_states.device)
+    if cu_seqlens is not None:
+        borders = cu_seqlens.long()
+        return index - borders[torch.searchsorted(borders, index, right=True) - 1]
+    if key_mask is None:
+        return index[None]
+    before = ranks.gather(key_mask.sum(-1))[: ranks.rank].sum(0)
+    return (before[:, None] + key_mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def _offsets(ranks: Ranks, length: int, shard_lengths: Sequence[int] | None) -> tuple[int, ...]:
+    """The first token of each rank, and the end of the last."""
+    lengths = [length] * ranks.size if shard_lengths is None else list(shard_lengths)
+    if len(lengths) != ranks.size or lengths[ranks.rank] != length:
+        raise ValueError(
+            f"shard_lengths: expected the tokens of each of {ranks.size} ranks, and {length} for "
+            f"rank {ranks.rank}, got {lengths}"
+        )
+    return tuple(accumulate(lengths, initial=0))
+
+
 def _along(
     mesh: Mesh,
     query: Tensor,
@@ -187,7 +228,7 @@ def _along(
     window: tuple[int, int, int],
     shard_lengths: Sequence[int] | None,
 ) -> tuple[Ranks, tuple[int, ...]]:
-    """The ranks of a call, and the first token of each with the end of the last."""
+    """The ranks of a call, and their `_offsets`."""
     ranks = Ranks.of(mesh)
     batch, length, heads, dim = key.shape
     if query.shape[1] != length:
@@ -195,19 +236,17 @@ def _along(
             f"query: expected as many tokens as key, {length}, got {query.shape[1]}; a rank holds "
             "the queries, keys and values of the same tokens"
         )
-    lengths = [length] * ranks.size if shard_lengths is None else list(shard_lengths)
-    if len(lengths) != ranks.size or lengths[ranks.rank] != length:
-        raise ValueError(
-            f"shard_lengths: expected the tokens of each of {ranks.size} ranks, and {length} for "
-            f"rank {ranks.rank}, got {lengths}"
-        )
+    offsets = _offsets(ranks, length, shard_lengths)
     if ranks.size > 1 and checks.looks_at_values(key):
-        sizes = {f"shard_lengths[{rank}]": number for rank, number in enumerate(lengths)}
+        sizes = {
+            f"shard_lengths[{rank}]": end - begin
+            for rank, (begin, end) in enumerate(pairwise(offsets))
+        }
         sizes |= {"batch size": batch, "KV heads": heads, "head dimension": dim}
         sizes |= dict(zip(("window_size", "keep_first", "keep_recent"), window, strict=True))
         sizes |= {"key_mask": key_mask is not None, "bytes of a key": dim * key.element_size()}
         ranks.check_agreement(key.device, **sizes)
-    return ranks, tuple(accumulate(lengths, initial=0))
+    return ranks, offsets
 
 
 def _with_survivors(
