@@ -144,7 +144,10 @@ def check(case: Case) -> None:
         return_lse=True,
         backend="triton",
     )
-    assert torch.equal(again[0], results["out"])
+    if case.queries < 16:  # few queries without gradients are decoded
+        assert (again[0].float() - results["out"].float()).norm() <= 1e-2 * results["out"].norm()
+    else:
+        assert torch.equal(again[0], results["out"])
     _, lse, _ = attention_reference(
         query.double(),
         key.double(),

@@ -72,7 +72,10 @@ def check(
     out, lse = flash_sparse_attn_func(
         query, key, value, mask, bias, None, is_causal, softcap, return_lse=True, backend="triton"
     )
-    assert torch.equal(out, results["out"])
+    if query.shape[1] < 16:  # few queries without gradients are decoded
+        assert (out.float() - results["out"].float()).norm() <= 1e-2 * results["out"].norm()
+    else:
+        assert torch.equal(out, results["out"])
     exact = [t.double() for t in (query, key, value)]
     bias = None if bias is None else bias.double()
     _, truth, _ = attention_reference(*exact, dense, bias, is_causal=is_causal, softcap=softcap)

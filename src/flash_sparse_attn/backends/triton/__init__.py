@@ -13,7 +13,7 @@ from ...intervals import KeySelection
 from ...plan import Plan
 from ...problem import Problem
 from ...varlen import PackedSequences
-from . import mask_ops, ops
+from . import decode_ops, mask_ops, ops
 
 MIN_CAPABILITY = (8, 0)
 # The oldest version the kernels were run with.
@@ -109,6 +109,8 @@ def attention(
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """``out [B, Q, H, D]`` and ``lse [B, H, Q]``."""
+    if decode_ops.serves(problem):
+        return decode_ops.attention(problem, query, key, value, mask, bias)
     if isinstance(mask, KeySelection):
         return ops.attention(problem, query, key, value, mask, bias)
     plan = mask_ops.plan_of(problem, mask)

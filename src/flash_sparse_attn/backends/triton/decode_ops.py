@@ -11,10 +11,11 @@ from ...intervals import KeySelection
 from ...problem import Problem
 from ...quantize import FP8
 from ...window_state import WindowState
+from .ops import is_traced, on_device
 
 _DTYPES = (torch.float16, torch.bfloat16)
 _FP8_CAPABILITY = (8, 9)
-_MAX_ROWS = 64
+_FEW_QUERIES, _MAX_ROWS = 16, 64
 
 _library = torch.library.Library("flash_sparse_attn", "FRAGMENT")
 _library.define(
@@ -32,6 +33,7 @@ _library.define(
 )
 
 
+@on_device
 def _window_step(
     query: Tensor,
     key: Tensor,
@@ -50,6 +52,7 @@ def _window_step(
     return step(query, key, value, scores, key_mask, record, Call(softmax_scale, softcap))
 
 
+@on_device
 def _decode(
     query: Tensor,
     key: Tensor,
@@ -75,6 +78,7 @@ def _decode(
     return decode(query, keys, mask, intervals, bias, call, is_causal)
 
 
+@on_device
 def _append(
     key: Tensor,
     value: Tensor,
@@ -117,11 +121,33 @@ def _results(query: Tensor) -> tuple[Tensor, Tensor]:
 def serves(problem: Problem) -> bool:
     """Whether a call of the attention functions is one of few queries without gradients.
 
-    Up to 64 rows (queries times heads of a KV head) are one tile: it needs no plan, and its keys
-    are split over all multiprocessors.
+    Its rows (queries times heads of a KV head) are one tile: that needs no plan, and the keys are
+    split over all multiprocessors.
     """
     rows = problem.query_len * (problem.num_heads // problem.num_kv_heads)
-    return rows <= _MAX_ROWS and problem.packed is None and not problem.requires_grad
+    is_small = problem.query_len < _FEW_QUERIES and rows <= _MAX_ROWS
+    return is_small and problem.packed is None and not problem.requires_grad
+
+
+def attention(
+    problem: Problem,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | KeySelection | None,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """``out [B, Q, H, D]`` and ``lse [B, H, Q]`` of a call that `serves`."""
+    return decode(
+        query,
+        key,
+        value,
+        mask,
+        bias,
+        softmax_scale=problem.softmax_scale,
+        softcap=problem.softcap,
+        is_causal=problem.is_causal,
+    )
 
 
 def unsupported(query: Tensor, stored: Tensor) -> list[str]:
@@ -154,7 +180,7 @@ def window_step(
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
     """Attend from the next tokens and commit each; see `decode_launch.step`."""
-    call = torch.ops.flash_sparse_attn.window_step if _traced(query) else _window_step
+    call = torch.ops.flash_sparse_attn.window_step if is_traced(query) else _window_step
     query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
     sizes = list(state.sizes)
     return call(query, key, value, scores, key_mask, state.tensors(), sizes, softmax_scale, softcap)
@@ -176,7 +202,7 @@ def decode(
     is_causal: bool,
 ) -> tuple[Tensor, Tensor]:
     """Attention of a few queries over many keys; see `decode_launch.attend`."""
-    call = torch.ops.flash_sparse_attn.decode if _traced(query) else _decode
+    call = torch.ops.flash_sparse_attn.decode if is_traced(query) else _decode
     query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
     lengths, block_table = (
         None if tensor is None else tensor.contiguous() for tensor in (lengths, block_table)
@@ -192,8 +218,8 @@ def decode(
         value_scale,
         mask if isinstance(mask, Tensor) else None,
         bias,
-        None if selection is None else selection.start,
-        None if selection is None else selection.expiry,
+        None if selection is None else selection.start.contiguous(),
+        None if selection is None else selection.expiry.contiguous(),
         softmax_scale,
         softcap,
         is_causal,
@@ -210,11 +236,6 @@ def append(
     v_scale: Tensor | None,
 ) -> None:
     """Write new keys and values into a cache; see `append_kvcache`."""
-    call = torch.ops.flash_sparse_attn.append if _traced(key) else _append
+    call = torch.ops.flash_sparse_attn.append if is_traced(key) else _append
     key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (key, value))
     call(key, value, k_cache, v_cache, slot_mapping.contiguous(), k_scale, v_scale)
-
-
-def _traced(tensor: Tensor) -> bool:
-    """Whether a compiler, a fake mode or another subclass has to see operators, not launches."""
-    return torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter)
