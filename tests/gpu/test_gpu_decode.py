@@ -14,6 +14,7 @@ from flash_sparse_attn import (
     KeySelection,
     WindowCache,
     append_kvcache,
+    flash_sparse_attn_func,
     flash_sparse_attn_with_kvcache_func,
     select_keys,
 )
@@ -405,6 +406,43 @@ def test_a_captured_call_reads_lengths_from_the_device():
         graph.replay()
         for mine, eager in zip(captured, attend(), strict=True):
             assert torch.equal(mine, eager)
+
+
+@pytest.mark.parametrize("queries", [1, 15])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(
+    ("mask_shape", "bias_shape"),
+    [
+        ((1, 1, 1, "K"), (1, 1, 1, "K")),
+        ((2, 2, "Q", "K"), None),
+        (None, (2, 4, "Q", "K")),
+        ((1, 4, "Q", 1), (2, 1, "Q", 1)),
+    ],
+)
+def test_few_queries_of_the_attention_function(mask_shape, bias_shape, is_causal, queries):
+    key_len = 3000
+
+    def shape(sizes):
+        return [{"Q": queries, "K": key_len}.get(size, size) for size in sizes]
+
+    query = randn(2, queries, 4, 64)
+    key, value = randn(2, key_len, 2, 64), randn(2, key_len, 2, 64)
+    mask = None if mask_shape is None else torch.rand(shape(mask_shape), device="cuda") < 0.3
+    bias = None if bias_shape is None else randn(*shape(bias_shape))
+    out, lse = flash_sparse_attn_func(
+        query, key, value, mask, bias, is_causal=is_causal, return_lse=True, backend="triton"
+    )
+    results = [
+        attention_reference(
+            *(t.to(dtype) for t in (query, key, value)),
+            mask,
+            None if bias is None else bias.to(dtype),
+            is_causal=is_causal,
+        )
+        for dtype in (torch.float64, DTYPE)
+    ]
+    assert_fair(out, results[0][0], results[1][0])
+    assert largest_error(lse, results[0][1]) < 5e-3
 
 
 def test_operators_pass_opcheck():

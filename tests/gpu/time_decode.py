@@ -1,6 +1,6 @@
 """Time decoding on a GPU: window caches, full caches, and single queries under a mask.
 
-    PYTHONPATH=src python tests/gpu/time_decode.py [window] [full] [fp8] [rows]
+    PYTHONPATH=src python tests/gpu/time_decode.py [window] [full] [fp8] [rows] [generate]
 
 Times are microseconds of device time for one call: a CUDA graph of calls over caches in rotation,
 at least four and together several times the L2, is replayed. Baselines run in the same way. A
@@ -21,9 +21,11 @@ from flash_sparse_attn import WindowCache
 from flash_sparse_attn.backends.triton.decode_config import DecodeConfig
 from flash_sparse_attn.backends.triton.decode_launch import Keys, attend, step_token
 from flash_sparse_attn.backends.triton.inputs import Call
+from flash_sparse_attn.demo.model import ModelConfig, SmallModel
 from flash_sparse_attn.reference import attention_reference
 
 DTYPE = torch.bfloat16
+PARTS = ("window", "full", "fp8", "rows", "generate")
 BANDWIDTH = 4.25e6  # bytes in a microsecond that a copy moves here
 
 
@@ -40,14 +42,14 @@ def graph_time(calls: Sequence[Callable[[], Any]], replays: int = 15) -> float:
         for call in calls:
             call()
     times = []
-    for _ in range(replays + 2):
+    for _ in range(replays + 5):  # the first are slower
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         graph.replay()
         end.record()
         torch.cuda.synchronize()
         times.append(begin.elapsed_time(end))
-    return sorted(times[2:])[replays // 2] * 1000 / len(calls)
+    return sorted(times[5:])[replays // 2] * 1000 / len(calls)
 
 
 def randn(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
@@ -229,10 +231,49 @@ def time_row(length: int, config: DecodeConfig | None = None) -> tuple[float, fl
     return ours, graph_time([one.sdpa for one in rows])
 
 
+class Generation:
+    """A model that has read a text and goes on by itself."""
+
+    def __init__(self, context: int, piece: int = 1 << 16):
+        torch.manual_seed(0)
+        config = ModelConfig(256, 256, 1024, 4, 8, 2, 128, window=2048, feed_forward=4)
+        self.model = SmallModel(config, "dynamic").to("cuda", DTYPE)
+        for layer in self.model.dynamic_layers():
+            layer.A.data.fill_(0.5)  # scores that differ
+        self.caches = self.model.make_caches(1)
+        text = torch.randint(0, 256, (1, context), device="cuda")
+        for part in text.split(piece, dim=1):
+            self.model(part, last=1, caches=self.caches)
+        self.token = text[:, -1:].clone()
+
+    def step(self) -> None:
+        logits = self.model(self.token, caches=self.caches)
+        self.token.copy_(logits.argmax(-1))
+
+
+@torch.no_grad()
+def time_generation() -> None:
+    """Tokens a second and bytes after short and long texts."""
+    for context in (1 << 13, 1 << 20):
+        one = Generation(context)
+        torch.cuda.synchronize()
+        held = sum(cache.nbytes for cache in one.caches)
+        torch.cuda.reset_peak_memory_stats()
+        begin = torch.cuda.memory_allocated()
+        time = graph_time([one.step] * 16)
+        assert int(one.caches[0].seen_tokens) > context
+        extra = torch.cuda.max_memory_allocated() - begin
+        print(
+            f"generation after {context} tokens: {1e6 / time:.0f} tokens/s, {time:.1f} us each, "
+            f"caches {held} bytes, {extra} more while generating",
+            flush=True,
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", default=[], metavar="part")
-    parts = parser.parse_args().parts or ["window", "full", "fp8", "rows"]
+    parts = parser.parse_args().parts or PARTS
     fp8 = torch.float8_e4m3fn
     if "window" in parts:
         nbytes = Window().cache.nbytes
@@ -258,6 +299,8 @@ def main() -> None:
         for power in range(8, 20):
             ours, sdpa = time_row(1 << power)
             print(f"one query, {1 << power} keys, 1024 visible: {ours:.1f} us, SDPA {sdpa:.1f}")
+    if "generate" in parts:
+        time_generation()
 
 
 if __name__ == "__main__":
