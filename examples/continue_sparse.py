@@ -55,7 +55,7 @@ class Sizes:
 
 QUICK = Sizes(0.5, 400, 64, 2, 4, 2, 128, 4, 4, 2, 3e-3, looks=2, test_sequences=4)
 CPU = Sizes(4.0, 1024, 128, 3, 4, 2, 256, 300, 80, 8, 3e-3, looks=4, test_sequences=48)
-GPU = Sizes(40.0, 16384, 512, 8, 8, 2, 4096, 3000, 1000, 8, 1e-3, looks=5, test_sequences=64)
+GPU = Sizes(40.0, 16384, 512, 8, 8, 2, 4096, 2000, 500, 8, 1e-3, looks=5, test_sequences=64)
 SINKS = 4
 """First keys that every query sees, in all sparse models."""
 

@@ -52,8 +52,6 @@ class Sizes:
 QUICK = Sizes(0.5, 400, 64, 2, 4, 2, 128, 32, 6, 2, 3e-3, test_sequences=4)
 CPU = Sizes(4.0, 2048, 192, 4, 6, 2, 512, 128, 150, 4, 3e-3)
 GPU = Sizes(40.0, 16384, 768, 12, 12, 4, 4096, 512, 1000, 8, 1e-3, test_sequences=64)
-SCORE_FACTOR = 10.0
-"""Learning rate of ``A`` and ``dt_proj`` over that of the other parameters."""
 
 
 def make_model(sizes: Sizes, text: Text) -> DogeForCausalLM:
@@ -86,7 +84,7 @@ def train(sizes: Sizes, text: Text, options: argparse.Namespace) -> dict[str, An
     every = max(1, sizes.steps // 30)
     monitor = SelectionMonitor(every=every)
     optimizer = torch.optim.AdamW(
-        parameter_groups(model, sizes.rate, SCORE_FACTOR), betas=(0.9, 0.95)
+        parameter_groups(model, sizes.rate, options.score_factor), betas=(0.9, 0.95)
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up_and_decay(sizes.steps))
     arguments = TrainingArguments(
@@ -183,7 +181,14 @@ def draw(figure: Any, results: dict[str, Any]) -> None:
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run the example; returns its numbers."""
-    options = parser(__doc__.split("\n")[0]).parse_args(arguments)
+    choice = parser(__doc__.split("\n")[0])
+    choice.add_argument(
+        "--score-factor",
+        type=float,
+        default=1.0,
+        help="learning rate of A and dt_proj over that of the others (default: 1)",
+    )
+    options = choice.parse_args(arguments)
     sizes = QUICK if options.quick else GPU if device_of(options).type == "cuda" else CPU
     print("reading source files and making a tokeniser", flush=True)
     text = read_text(sizes.megabytes, sizes.vocabulary, sizes.length)

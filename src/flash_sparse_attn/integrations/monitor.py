@@ -48,14 +48,14 @@ class SelectionMonitor(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look at what was kept."""
-        for number, layer in enumerate(_layers(kwargs["model"])):
+        for layer in _layers(kwargs["model"]):
             if not layer.keep_selection:
                 continue
             selection, layer.keep_selection, layer.watched = layer.watched, False, None
             if selection is None:
                 continue
             for head, figures in enumerate(head_statistics(selection)):
-                row = {"step": state.global_step, "layer": number, "head": head, **figures}
+                row = {"step": state.global_step, "layer": layer.layer_idx, "head": head, **figures}
                 self.history.append(row)
                 self._judge(row)
 
