@@ -1,4 +1,4 @@
-# Each command makes the environment it needs (.venv-demo, .venv-test) on its first run; see scripts/env.py.
+# Each command makes the environment it needs (.venv-demo, .venv-test, .venv-docs) on its first run; see scripts/env.py.
 #
 #   PYTHON=python3.12   which interpreter                NO_VENV=1      install nothing, use what PYTHON has
 #   TORCH_SPEC=...      what to install as torch         ARGS="..."     further arguments for the command
@@ -6,15 +6,17 @@ PYTHON ?= python3
 ARGS ?=
 IN_DEMO = @"$(PYTHON)" scripts/env.py demo
 IN_TEST = @"$(PYTHON)" scripts/env.py test
+IN_DOCS = @"$(PYTHON)" scripts/env.py docs
 
-.PHONY: help demo test test-all lint bench clean python
+.PHONY: help demo test test-all lint bench docs clean python
 help:
 	@echo "make demo      install into .venv-demo and run the demonstration"
 	@echo "make test      install into .venv-test and run the linters and tests (up to 10 minutes)"
 	@echo "make test-all  the same with the heavy tests"
 	@echo "make lint      ruff and mypy only"
 	@echo "make bench     run the benchmarks"
-	@echo "make clean     remove both environments and all caches"
+	@echo "make docs      build the documentation into docs/_build; every warning is an error"
+	@echo "make clean     remove the environments and all caches"
 	@echo "settings: PYTHON=python3.12  NO_VENV=1  TORCH_SPEC='torch==2.9.1'  ARGS='...'"
 
 demo: python
@@ -32,8 +34,12 @@ lint: python
 bench: python
 	$(IN_DEMO) -m flash_sparse_attn bench $(ARGS)
 
+docs: python
+	$(IN_DOCS) -m sphinx -W --keep-going -q -b html docs docs/_build $(ARGS)
+	@echo "documentation: docs/_build/index.html"
+
 clean:
-	rm -rf .venv-demo .venv-test .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist src/*.egg-info
+	rm -rf .venv-demo .venv-test .venv-docs docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist src/*.egg-info
 
 # Says what is wrong with PYTHON in words that any version of Python can print.
 python:

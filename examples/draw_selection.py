@@ -171,7 +171,9 @@ def _mask(axes: Any, selection: KeySelection, head: int, title: str) -> None:
     seen = (keys <= position) & (start <= position) & (position < expiry)
     picture = seen.float() + 0.12 * ((keys <= position) & ~seen)
     size = (0, key_len, key_len, 0)
-    axes.imshow(picture, cmap="BuGn", vmin=0, vmax=1.2, extent=size, interpolation="nearest")
+    axes.imshow(
+        picture.numpy(), cmap="BuGn", vmin=0, vmax=1.2, extent=size, interpolation="nearest"
+    )
     axes.set(title=f"{title}: the mask", xlabel="key", ylabel="query")
 
 
@@ -198,8 +200,10 @@ def _ages(axes: Any, selection: KeySelection, head: int) -> None:
     life = (selection.expiry[0, head].clamp(max=key_len) - index).clamp(min=0)
     stays = selection.expiry[0, head] > key_len
     score = selection.score[0, head]
-    axes.scatter(score[~stays], life[~stays], s=8, color="#d08770", label="expired")
-    axes.scatter(score[stays], life[stays], s=8, color="#2e7d6b", label="alive at the end")
+    kinds = ((~stays, "#d08770", "expired"), (stays, "#2e7d6b", "alive at the end"))
+    for chosen, colour, label in kinds:
+        points = score[chosen].tolist(), life[chosen].tolist()
+        axes.scatter(*points, s=8, color=colour, label=label)
     axes.set(title="how long a key lives", xlabel="score", ylabel="tokens")
     axes.legend(fontsize=8)
 

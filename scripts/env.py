@@ -1,6 +1,6 @@
 """Run Python in an environment of this project's own, making it first if need be.
 
-    python scripts/env.py NAME ARG...      run `python ARG...` in the environment NAME: demo or test
+    python scripts/env.py NAME ARG...      run `python ARG...` in NAME: demo, test or docs
 
 Only the standard library is used. What the environment variables do:
 
@@ -34,8 +34,12 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = ROOT / "pyproject.toml"
 # Which extras an environment has, and which modules NO_VENV=1 must find.
-EXTRAS = {"demo": "demo,bench", "test": "dev"}
-MODULES = {"demo": ("matplotlib",), "test": ("pytest", "matplotlib")}
+EXTRAS = {"demo": "demo,bench", "test": "dev", "docs": "docs"}
+MODULES = {
+    "demo": ("matplotlib",),
+    "test": ("pytest", "matplotlib"),
+    "docs": ("sphinx", "myst_parser", "furo"),
+}
 # The CPU build the tests were run with. "+cpu" matches no CUDA build, whatever index answers.
 CPU_TORCH = "torch==2.13.0+cpu"
 MINOR = f"{sys.version_info[0]}.{sys.version_info[1]}"

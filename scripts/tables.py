@@ -1,0 +1,328 @@
+"""Write the tables of README.md, README_zh.md and docs/ from the rows in results/.
+
+    python scripts/tables.py            write them
+    python scripts/tables.py --check    say which pages are out of date, and write nothing
+
+A table stands between a line ``<!-- rows: NAME -->`` and the next ``<!-- end of rows -->``, and
+says below itself which machine, versions, commit and command its rows have. The last row of every
+case and provider counts; ratios are made within one run only.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "results"
+BLOCK = re.compile(r"(<!-- rows: ([a-z-]+) -->\n)(.*?)(<!-- end of rows -->)", re.DOTALL)
+Row = dict[str, Any]
+
+CHINESE = {
+    "length N, window W": "长度 N，窗口 W",
+    "heads, D": "头数，D",
+    "scores": "分数",
+    "selection and plan": "选择与计划",
+    "forward": "前向",
+    "backward": "反向",
+    "all": "合计",
+    "peak memory": "峰值内存",
+    "computed by": "计算者",
+    "fastest to slowest": "最快至最慢",
+    "ours": "本项目",
+    "dense causal SDPA": "稠密因果 SDPA",
+    "SDPA, mask and bias stored": "SDPA，存储掩码与偏置",
+    "SDPA, mask and bias added up": "SDPA，掩码与偏置预先相加",
+    "no rows yet": "尚无数据",
+    "Rows": "数据",
+    "commit": "提交",
+    "times": "倍",
+}
+NAMES = {
+    "ours": "ours",
+    "sdpa-causal": "dense causal SDPA",
+    "sdpa-masked": "SDPA, mask and bias stored",
+    "sdpa-additive": "SDPA, mask and bias added up",
+    "flex": "FlexAttention",
+}
+
+
+class Words:
+    """The words of a page's language; English where there is no other."""
+
+    def __init__(self, page: Path) -> None:
+        self.known = CHINESE if page.stem.endswith("_zh") else {}
+
+    def __call__(self, english: str) -> str:
+        return self.known.get(english, english)
+
+
+def read_rows(name: str) -> list[Row]:
+    """The timed rows of a file in results/, in the order they were measured."""
+    path = RESULTS / name
+    if not path.is_file():
+        return []
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    return [row for row in rows if "seconds" in row]
+
+
+def latest(rows: Iterable[Row]) -> dict[str, dict[str, Row]]:
+    """The last row of every provider, by case."""
+    found: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault(row["case"], {})[row["provider"]] = row
+    return found
+
+
+def duration(seconds: float | None) -> str:
+    """Three digits and a unit."""
+    if seconds is None:
+        return ""
+    for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
+        if seconds * factor >= 1.0:
+            return f"{_digits(seconds * factor)} {unit}"
+    return f"{_digits(seconds * 1e9)} ns"
+
+
+def size(count: float | None) -> str:
+    """Three digits and a binary unit."""
+    if count is None:
+        return ""
+    for unit, bytes_each in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= bytes_each:
+            return f"{_digits(count / bytes_each)} {unit}"
+    return f"{count:.0f} B"
+
+
+def _digits(number: float) -> str:
+    """Three digits, trailing zeros included."""
+    return f"{number:.{max(0, 2 - max(0, math.floor(math.log10(number))))}f}" if number else "0"
+
+
+def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
+    rows = [list(header), ["---"] * len(header), *map(list, lines)]
+    return ["| " + " | ".join(cells) + " |" for cells in rows]
+
+
+def source(name: str, rows: Iterable[Row], words: Words) -> list[str]:
+    """Where rows come from: one line for every run."""
+    runs: dict[tuple[str, ...], None] = {}
+    for row in rows:
+        hardware, versions = row["hardware"], row["versions"]
+        machine = hardware.get("gpu") or f"{hardware['cpu_cores']} x {hardware['cpu']}"
+        used = f"torch {versions['torch']}"
+        if hardware["device"] == "cuda":
+            used += f", Triton {versions['triton']}"
+        runs[machine, used, row["commit"], row["time"][:10], row["command"]] = None
+    return [
+        f"{words('Rows')}: `results/{name}`; {machine}, {used}, {words('commit')} {commit}, {day}: "
+        f"`{command}`"
+        for machine, used, commit, day, command in runs
+    ]
+
+
+def _shape(row: Row) -> tuple[str, str]:
+    shape = row["shape"]
+    heads = f"{shape['heads']} / {shape['kv_heads']}, {shape['head_dim']}"
+    batch = "" if shape["batch"] == 1 else f"{shape['batch']} x "
+    return f"{batch}{shape['length']}, {shape['window']}", heads
+
+
+def _seconds(row: Row) -> dict[str, float]:
+    """The times of a row; what selects nothing has none for that."""
+    times = dict(row["seconds"])
+    if row["provider"] == "sdpa-causal":
+        times.pop("selection", None)
+    return times
+
+
+def _against(ours: Row, other: Row | None, words: Words) -> str:
+    """Another provider's total, and how many times ours it is if both were measured in one run."""
+    if other is None:
+        return ""
+    total = other["seconds"]["total"]
+    if (ours["time"], ours["command"]) != (other["time"], other["command"]):
+        return duration(total)
+    ratio = _digits(total / ours["seconds"]["total"])
+    return f"{duration(total)} ({ratio} {words('times')})"
+
+
+def headline(words: Words) -> list[str]:
+    """Selections from random scores on a GPU, whole calls, against what else one could use."""
+    cases = [
+        providers
+        for providers in latest(read_rows("h200.jsonl")).values()
+        if "ours" in providers
+        and len(providers) > 1
+        and providers["ours"].get("mask", "selection") == "selection"
+        and providers["ours"]["pattern"] == "random"
+        and "backward" in providers["ours"]["seconds"]
+    ]
+    cases.sort(key=lambda found: _work(found["ours"]))
+    return _beside("h200.jsonl", cases, words)
+
+
+def bool_masks(words: Words) -> list[str]:
+    """Bool masks on a GPU, by what they are."""
+    cases = [
+        providers
+        for providers in latest(read_rows("h200.jsonl")).values()
+        if "ours" in providers and providers["ours"].get("mask", "selection") != "selection"
+    ]
+    cases.sort(key=lambda found: found["ours"]["case"])
+    return _beside("h200.jsonl", cases, words, named=True)
+
+
+def _work(row: Row) -> tuple[int, int]:
+    return row["shape"]["heads"] * row["shape"]["head_dim"], row["shape"]["length"]
+
+
+def _beside(name: str, cases: list[dict[str, Row]], words: Words, named: bool = False) -> list[str]:
+    """One line for each case: our parts, and the totals of the others."""
+    if not cases:
+        return [words("no rows yet")]
+    others = [other for other in NAMES if other != "ours" and any(other in c for c in cases)]
+    parts = ("selection", "forward", "backward")
+    header = [words(text) for text in ("length N, window W", "heads, D")]
+    header += [words(text) for text in ("selection and plan", "forward", "backward", "all")]
+    header += [words(NAMES[other]) for other in others]
+    lines = []
+    for found in cases:
+        ours = found["ours"]
+        seconds = ours["seconds"]
+        cells = [*_shape(ours), *(duration(seconds.get(part)) for part in parts)]
+        cells += [duration(seconds["total"])]
+        cells += [_against(ours, found.get(other), words) for other in others]
+        lines.append([ours["case"], *cells] if named else cells)
+    used = [row for found in cases for row in found.values() if row["provider"] in NAMES]
+    header = ["case", *header] if named else header
+    return [*markdown(header, lines), "", *_paragraphs(source(name, used, words))]
+
+
+def on_cpu(words: Words) -> list[str]:
+    """Whole calls on CPU cores with random scores, by provider."""
+    return _cpu_table("cpu-16k-random", words)
+
+
+def patterns_on_cpu(words: Words) -> list[str]:
+    """The same with every pattern of scores."""
+    return _cpu_table("cpu-16k-", words)
+
+
+def _cpu_table(prefix: str, words: Words) -> list[str]:
+    """One line for every case that begins so, and provider."""
+    rows = [
+        row
+        for providers in latest(read_rows("cpu.jsonl")).values()
+        for row in providers.values()
+        if row["case"].startswith(prefix)
+    ]
+    if not rows:
+        return [words("no rows yet")]
+    header = ["scores", "computed by", "selection and plan", "forward", "backward", "all"]
+    header += ["fastest to slowest", "peak memory"]
+    lines = []
+    for row in rows:
+        provider: str = row["provider"]
+        seconds, (fastest, slowest) = _seconds(row), row["spread"]
+        parts = (seconds.get(part) for part in ("selection", "forward", "backward", "total"))
+        lines.append(
+            [
+                row["pattern"],
+                words(NAMES.get(provider, provider)),
+                *(duration(part) for part in parts),
+                f"{duration(fastest)} .. {duration(slowest)}" if row["repeats"] > 1 else "",
+                size(row["peak_bytes"]),
+            ]
+        )
+    table = markdown([words(text) for text in header], lines)
+    return [*table, "", *_paragraphs(source("cpu.jsonl", rows, words))]
+
+
+def everything(words: Words) -> list[str]:
+    """The last row of every case and provider of every file."""
+    lines: list[str] = []
+    for path in sorted(RESULTS.glob("*.jsonl")):
+        rows = [row for found in latest(read_rows(path.name)).values() for row in found.values()]
+        if not rows:
+            continue
+        header = ["case", "computed by", "B, H / Hkv, D", "Q x N, W", "dtype", "selection"]
+        header += ["forward", "backward", "all", "repeats", "GFLOP/s", "peak memory", "error"]
+        table = []
+        for row in rows:
+            shape, seconds = row["shape"], _seconds(row)
+            parts = (seconds.get(part) for part in ("selection", "forward", "backward", "total"))
+            useful = row.get("useful_gflops_per_second")
+            table.append(
+                [
+                    row["case"],
+                    row["provider"],
+                    f"{shape['batch']}, {shape['heads']} / {shape['kv_heads']}, "
+                    f"{shape['head_dim']}",
+                    f"{shape.get('queries', shape['length'])} x {shape['length']}, "
+                    f"{shape['window']}",
+                    row["dtype"],
+                    *(duration(part) for part in parts),
+                    str(row["repeats"]),
+                    _digits(useful) if useful else "",
+                    size(row["peak_bytes"]),
+                    f"{max(row['errors'].values()):.1e}",
+                ]
+            )
+        lines += [f"## results/{path.name}", "", *markdown(header, table), ""]
+        lines += [*_paragraphs(source(path.name, rows, words)), ""]
+    return lines[:-1] or [words("no rows yet")]
+
+
+def _paragraphs(lines: Sequence[str]) -> list[str]:
+    """Each line a paragraph of its own."""
+    return [part for line in lines for part in (line, "")][:-1]
+
+
+TABLES: dict[str, Callable[[Words], list[str]]] = {
+    "headline": headline,
+    "bool-masks": bool_masks,
+    "cpu": on_cpu,
+    "cpu-patterns": patterns_on_cpu,
+    "everything": everything,
+}
+
+
+def pages() -> list[Path]:
+    """The pages that may hold tables."""
+    return [*sorted(ROOT.glob("README*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def renewed(page: Path) -> str:
+    """The text of a page with its tables made anew."""
+    words = Words(page)
+
+    def table(match: re.Match[str]) -> str:
+        return match[1] + "\n".join(["", *TABLES[match[2]](words), "", match[4]])
+
+    return BLOCK.sub(table, page.read_text(encoding="utf-8"))
+
+
+def main(arguments: Sequence[str]) -> int:
+    if arguments not in ([], ["--check"]):
+        print(__doc__)
+        return 2
+    changed = [page for page in pages() if renewed(page) != page.read_text(encoding="utf-8")]
+    for page in changed:
+        name = page.relative_to(ROOT)
+        if arguments:
+            print(f"{name}: its tables are not those of results/; run python scripts/tables.py")
+        else:
+            page.write_text(renewed(page), encoding="utf-8")
+            print(f"{name}: tables written")
+    return bool(arguments and changed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,203 @@
+"""The documentation: programs run, links lead somewhere, tables and pictures are up to date."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from pages import PAGES, ROOT, snippets
+from test_imports import PUBLIC
+
+# README_zh.md has the programs of README.md, see below.
+PROGRAMS = {
+    place: code
+    for page in PAGES
+    if page != "README_zh.md"
+    for place, code in snippets(page).items()
+}
+TRANSLATED = ("README.md", "README_zh.md")
+
+
+def load(path: Path) -> ModuleType:
+    """A script as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("place", PROGRAMS)
+def test_program_runs(place):
+    code = PROGRAMS[place]
+    if "transformers" in code:
+        pytest.importorskip("transformers", "5.17")
+    if 'device="cuda"' in code and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    page, _, line = place.rpartition(":")
+    # Empty lines before it make a traceback show the line of the page.
+    compiled = compile("\n" * (int(line) - 1) + code, str(ROOT / page), "exec")
+    torch.manual_seed(0)
+    exec(compiled, {"__name__": "__snippet__"})
+
+
+def prose(text: str) -> str:
+    """A page without its blocks of code."""
+    return re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def slugs(text: str) -> set[str]:
+    """The anchors of a page: its headings as GitHub and MyST name them, and explicit ones."""
+    headings = re.findall(r"^#{1,6} (.+)$", prose(text), re.MULTILINE)
+    named = {
+        re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings
+    }
+    return named | set(re.findall(r"^\((.+)\)=$", text, re.MULTILINE))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    words = re.sub(r"`[^`]*`", "", prose(PAGES[page]))
+    for target in re.findall(r"\]\(([^)\s]+)\)", words):
+        if re.match(r"https://", target):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (ROOT / page).parent / name if name else ROOT / page
+        assert path.resolve().is_file(), f"{page}: {target}"
+        if anchor:
+            assert anchor in slugs(path.read_text(encoding="utf-8")), f"{page}: {target}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_named_files_exist(page):
+    """Files of this project that are named in code: paths with a folder of the project in front."""
+    folders = "benchmarks|docs|examples|results|scripts|src|tests"
+    for name in re.findall(rf"(?<![\w/.])((?:{folders})/[\w./]+\.\w+)", PAGES[page]):
+        assert (ROOT / name).is_file(), f"{page}: {name}"
+
+
+def test_named_tests_exist():
+    for page, text in PAGES.items():
+        for file, name in re.findall(r"(tests/[\w/]+\.py)::(\w+)", text):
+            functions = {
+                node.name
+                for node in ast.parse((ROOT / file).read_text(encoding="utf-8")).body
+                if isinstance(node, ast.FunctionDef)
+            }
+            assert name in functions, f"{page}: {file}::{name}"
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC - {"__version__"}))
+def test_public_name_is_in_the_reference(name):
+    entry = rf"^\.\. auto(?:function|class):: {name}$"
+    assert re.search(entry, PAGES["docs/api_reference.md"], re.MULTILINE)
+
+
+def test_objects_of_the_reference_exist():
+    entries = re.findall(r"^\.\. auto\w+:: ([\w.]+)$", PAGES["docs/api_reference.md"], re.MULTILINE)
+    for entry in entries:
+        module, _, name = entry.rpartition(".")
+        if "integrations" in module:
+            pytest.importorskip("transformers", "5.17")
+        if module:
+            assert hasattr(importlib.import_module(module), name), entry
+
+
+def test_every_page_is_in_the_index():
+    index = PAGES["docs/index.md"]
+    trees = re.findall(r"^```\{toctree\}\n(.*?)^```", index, re.MULTILINE | re.DOTALL)
+    listed = [line for tree in trees for line in tree.splitlines() if line and line[0] != ":"]
+    assert sorted(listed) == sorted(
+        Path(page).stem for page in PAGES if page.startswith("docs/") and page != "docs/index.md"
+    )
+
+
+def test_tables_are_those_of_the_rows(capsys):
+    tables = load(ROOT / "scripts" / "tables.py")
+    assert tables.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_tables_of_known_rows(tmp_path, monkeypatch):
+    tables = load(ROOT / "scripts" / "tables.py")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+
+    def row(provider: str, total: float, run: str) -> str:
+        parts = {"selection": 1e-4, "forward": 0.2, "backward": 0.3} if provider == "ours" else {}
+        facts = {
+            "case": "gpu-x",
+            "provider": provider,
+            "pattern": "random",
+            "shape": dict(batch=1, heads=4, kv_heads=2, length=64, head_dim=16, window=8),
+            "seconds": {**parts, "total": total},
+            "hardware": {"device": "cuda", "gpu": "G"},
+            "versions": {"torch": "2.0", "triton": "3.0"},
+            "commit": "abc",
+            "command": f"run {run}",
+            "time": f"2026-01-0{run}T00:00:00",
+        }
+        return json.dumps(facts)
+
+    rows = [row("ours", 9.0, "1"), row("ours", 0.5, "2"), row("sdpa-causal", 1.0, "2")]
+    (tmp_path / "h200.jsonl").write_text("\n".join(rows))
+    lines = tables.headline(tables.Words(Path("README.md")))
+    cells = ["64, 8", "4 / 2, 16", "100 µs", "200 ms", "300 ms", "500 ms", "1.00 s (2.00 times)"]
+    assert lines[2] == "| " + " | ".join(cells) + " |"
+    assert "commit abc, 2026-01-02: `run 2`" in lines[4]
+
+    # Of another run: no ratio.
+    (tmp_path / "h200.jsonl").write_text("\n".join([*rows, row("sdpa-causal", 1.0, "3")]))
+    assert tables.headline(tables.Words(Path("README.md")))[2].endswith("| 1.00 s |")
+    (tmp_path / "h200.jsonl").unlink()
+    assert tables.headline(tables.Words(Path("README_zh.md"))) == ["尚无数据"]
+
+
+def test_pictures_are_those_of_the_selections():
+    pictures = load(ROOT / "docs" / "draw_pictures.py")
+    assert pictures.outdated() == []
+    drawn = {path.name for path in pictures.PICTURES.iterdir()}
+    assert drawn == set(pictures.DRAW)
+    for name in drawn:
+        assert any(f"pictures/{name}" in text for text in PAGES.values()), name
+
+
+def test_both_languages_have_the_same_programs():
+    """Comments are translated, nothing else."""
+    programs = [[ast.dump(ast.parse(code)) for code in snippets(p).values()] for p in TRANSLATED]
+    assert programs[0] == programs[1]
+
+
+def test_both_languages_have_the_same_structure_and_figures():
+    """As many sections, the same states of architectures, the same numbers, code and links."""
+    english, chinese = (PAGES[page] for page in TRANSLATED)
+    levels = [re.findall(r"^(#+) ", text, re.MULTILINE) for text in (english, chinese)]
+    assert levels[0] == levels[1]
+    words = {"仅编译": "compiled only", "已运行": "run", "尚未": "not yet"}
+    rows = re.findall(r"^\| ((?:SM|gfx)[ \d.]+) \|.*\| (.+) \|$", chinese, re.MULTILINE)
+    expected = re.findall(r"^\| ((?:SM|gfx)[ \d.]+) \|.*\| (.+) \|$", english, re.MULTILINE)
+    assert [(name, words[state]) for name, state in rows] == expected
+    number = r"(?<![\dA-Za-z.])\d+(?:\.\d+)*(?![\dA-Za-z])"
+    for pattern in (number, r"`[^`\n]+`", r"\]\(([^)]+)\)"):
+        found = [set(re.findall(pattern, prose(text))) for text in (english, chinese)]
+        assert sorted((found[0] ^ found[1]) - set(TRANSLATED)) == []  # each links to the other
+
+
+@pytest.mark.skipif(
+    not all(importlib.util.find_spec(name) for name in ("sphinx", "myst_parser", "furo")),
+    reason="needs the packages of the extra 'docs'",
+)
+def test_the_site_builds(tmp_path):
+    """Every warning is an error: names, links and docstrings that do not parse."""
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html"]
+    done = subprocess.run(
+        [*command, str(ROOT / "docs"), str(tmp_path)], capture_output=True, text=True, timeout=250
+    )
+    assert done.returncode == 0, done.stderr
