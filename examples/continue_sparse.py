@@ -105,11 +105,19 @@ def batches(text: Text, sizes: Sizes, steps: int, seed: int) -> Iterator[Tensor]
 
 
 def train(
-    model: nn.Module, text: Text, sizes: Sizes, steps: int, factor: float, label: str, seed: int
+    model: nn.Module,
+    text: Text,
+    sizes: Sizes,
+    steps: int,
+    label: str,
+    *,
+    rate: float,
+    factor: float,
+    seed: int,
 ) -> list[dict[str, float]]:
     """Train in place; returns steps and held-out losses, the state before them included."""
     device = next(model.parameters()).device
-    groups = parameter_groups(model, sizes.rate, factor)
+    groups = parameter_groups(model, rate, factor)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up_and_decay(steps))
     looks = {round(steps * n / sizes.looks) for n in range(1, sizes.looks + 1)}
@@ -185,7 +193,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     register()
     set_seed(0)
     dense = dense_model(sizes, text).to(device)
-    curve = train(dense, text, sizes, sizes.dense_steps, 1.0, "full attention", seed=1)
+    curve = train(
+        dense, text, sizes, sizes.dense_steps, "full attention", rate=sizes.rate, factor=1.0, seed=1
+    )
     results: dict[str, Any] = {
         "parameters": dense.num_parameters(),
         "training": curve,
@@ -200,7 +210,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             kinds.append((f"{size} keys by score{rate}", dynamic(dense, size), factor))
         kinds.append((f"{size} keys, sliding window", sliding(dense, size), 1.0))
     for name, model, factor in kinds:
-        results["curves"][name] = train(model, text, sizes, sizes.steps, factor, name, seed=2)
+        results["curves"][name] = train(
+            model, text, sizes, sizes.steps, name, rate=sizes.rate / 3, factor=factor, seed=2
+        )
     print("\n" + describe(sizes, text, results))
     write_report(choice.out, "continue_sparse", results, lambda figure: draw(figure, results))
     return results
