@@ -34,11 +34,11 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = ROOT / "pyproject.toml"
 # Which extras an environment has, and which modules NO_VENV=1 must find.
-EXTRAS = {"demo": "demo,bench", "test": "dev", "docs": "docs"}
+EXTRAS = {"demo": "demo,bench", "test": "dev", "docs": "docs,transformers"}
 MODULES = {
     "demo": ("matplotlib",),
     "test": ("pytest", "matplotlib"),
-    "docs": ("sphinx", "myst_parser", "furo"),
+    "docs": ("sphinx", "myst_parser", "furo", "transformers"),
 }
 # The CPU build the tests were run with. "+cpu" matches no CUDA build, whatever index answers.
 CPU_TORCH = "torch==2.13.0+cpu"

@@ -78,6 +78,14 @@ def test_links_lead_somewhere(page):
 
 
 @pytest.mark.parametrize("page", PAGES)
+def test_rows_of_a_table_have_equal_length(page):
+    """A bar in code splits a cell, too, unless it is written with a backslash."""
+    for table in re.findall(r"(?:^\|.*\|$\n)+", prose(PAGES[page]), re.MULTILINE):
+        rows = [len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()]
+        assert len(set(rows)) == 1, table
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_named_files_exist(page):
     """Files of this project that are named in code: paths with a folder of the project in front."""
     folders = "benchmarks|docs|examples|results|scripts|src|tests"
@@ -191,8 +199,10 @@ def test_both_languages_have_the_same_structure_and_figures():
 
 
 @pytest.mark.skipif(
-    not all(importlib.util.find_spec(name) for name in ("sphinx", "myst_parser", "furo")),
-    reason="needs the packages of the extra 'docs'",
+    not all(
+        importlib.util.find_spec(name) for name in ("sphinx", "myst_parser", "furo", "transformers")
+    ),
+    reason="needs the packages of the extras 'docs' and 'transformers'",
 )
 def test_the_site_builds(tmp_path):
     """Every warning is an error: names, links and docstrings that do not parse."""
