@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 
 import pytest
@@ -24,6 +25,16 @@ from flash_sparse_attn.varlen import PackedSequences
 
 # fp32 throughout: values and gradients are of order 1 to 10.
 TOLERANCE = 3e-5
+
+
+PLANNING = importlib.import_module("flash_sparse_attn.backends.triton.plan_mask")
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks are packed and scanned in several blocks."""
+    monkeypatch.setattr(PLANNING, "_PACKED", 32)
+    monkeypatch.setattr(PLANNING, "_SCANNED", 64)
 
 
 @dataclass(frozen=True)
@@ -148,6 +159,7 @@ CASES = {
     "bits, expanded": Case(batch=2, mask=(1, 1, 70, 1), is_expanded=True),
     "bits, window": Case(pattern="window", bias=(1, 1, 70, 70)),
     "bits, blocks": Case(pattern="blocks", heads=1),
+    "bits, four keys at a time": Case(queries=96, keys=80, mask=(1, 1, 96, 80), heads=1),
     "bits, sparse": Case(pattern="sparse", bias=(1, 2, 1, 70)),
     "bits, all": Case(pattern="all", bias=(1, 1, 70, 70), softcap=5.0),
     "bits, none": Case(pattern="none", bias=(1, 1, 70, 70)),

@@ -13,7 +13,6 @@ from torch import Tensor
 from ..intervals import KeySelection
 from ..problem import Problem
 
-_MAX_CUDNN_DIM = 128
 _MIN_QUERIES = 16  # fewer are decoded, with the keys split over programs
 
 
@@ -54,29 +53,34 @@ def attention(
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """``out [B, Q, H, D]`` and ``lse [B, H, Q]``; neither mask nor bias is given."""
-    heads_first = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    if _takes_cudnn(problem):
+    query, key, value = (
+        (tensor if tensor.stride(-1) == 1 else tensor.contiguous()).transpose(1, 2)
+        for tensor in (query, key, value)
+    )
+    if _takes_cudnn(problem, query, key, value):
         results = torch.ops.aten._scaled_dot_product_cudnn_attention(
-            *heads_first, None, True, 0.0, problem.is_causal, scale=problem.softmax_scale
+            query, key, value, None, True, 0.0, problem.is_causal, scale=problem.softmax_scale
         )
     else:
         # Its causal mask is bottom-right, as ours: that of `scaled_dot_product_attention` is not.
         results = torch.ops.aten._scaled_dot_product_flash_attention(
-            *heads_first, 0.0, problem.is_causal, scale=problem.softmax_scale
+            query, key, value, 0.0, problem.is_causal, scale=problem.softmax_scale
         )
     out, lse = results[:2]
-    return out.transpose(1, 2), lse.detach().view(out.shape[:3])
+    return out.transpose(1, 2), lse.detach().reshape(out.shape[:3])
 
 
-def _takes_cudnn(problem: Problem) -> bool:
+def _takes_cudnn(problem: Problem, query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether cuDNN has the kernel: it is the faster one, where causality is the usual one."""
-    return (
-        _capability(problem.device) >= (9, 0)
-        and torch.backends.cudnn.is_available()
-        and torch.backends.cuda.cudnn_sdp_enabled()
-        and problem.head_dim <= _MAX_CUDNN_DIM
-        and (problem.query_len == problem.key_len or not problem.is_causal)
+    if _capability(problem.device) < (9, 0) or torch.compiler.is_compiling():
+        return False  # a compiler cannot ask, and the other is on every machine
+    if problem.is_causal and problem.query_len != problem.key_len:
+        return False
+    has_groups = problem.num_heads != problem.num_kv_heads
+    asked = torch.backends.cuda.SDPAParams(
+        query, key, value, None, 0.0, problem.is_causal, has_groups
     )
+    return torch.backends.cuda.can_use_cudnn_attention(asked)
 
 
 @cache

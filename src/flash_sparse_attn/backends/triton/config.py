@@ -76,11 +76,22 @@ class RoleConfig:
 
 @dataclass(frozen=True)
 class Tiles:
-    """The kernels of one (architecture, head dimension)."""
+    """The kernels of one (architecture, head dimension).
+
+    Attributes:
+        forward, grad_query, grad_key: Output, dQ, dK and dV.
+        gathered: Output where rows of keys are gathered, if not as `forward`: epochs see any
+            number of keys, and every tile reads them anew.
+    """
 
     forward: TileConfig
     grad_query: TileConfig
     grad_key: TileConfig
+    gathered: TileConfig | None = None
+
+    def forward_of(self, slots: str) -> TileConfig:
+        """The forward kernel for the slots of a plan."""
+        return self.gathered if self.gathered and slots == "gathered" else self.forward
 
 
 def _tiles(*sizes: tuple[int, int, int, int, bool]) -> Tiles:
@@ -89,15 +100,27 @@ def _tiles(*sizes: tuple[int, int, int, int, bool]) -> Tiles:
 
 _TMA, _POINTERS = True, False
 
-# (architecture, padded head dimension) -> forward, dQ, dK/dV. The times are in milliseconds, with
-# all copies and sums, bf16, one H200, Triton 3.6, random scores.
+# (architecture, padded head dimension) -> forward, dQ, dK/dV, gathered forward. The times are in
+# milliseconds, with all copies and sums, bf16, one H200, Triton 3.6, random scores. The gathered
+# forward is compiled only: at 64 rows the L2 cache would bound it, and at head dimension 128 4
+# warps spill.
 _TABLE = {
     # (B, H, Hkv, N, W) = (1, 2, 1, 32768, 1024): 0.073, 0.080, 0.155. No other forward was faster:
     # 128 rows 0.080, 128 slots 0.079, descriptors 0.082.
-    ("sm_90", 64): _tiles((64, 64, 4, 2, _POINTERS), (64, 64, 4, 3, _TMA), (128, 64, 4, 2, _TMA)),
+    ("sm_90", 64): _tiles(
+        (64, 64, 4, 2, _POINTERS),
+        (64, 64, 4, 3, _TMA),
+        (128, 64, 4, 2, _TMA),
+        (128, 64, 4, 3, _POINTERS),
+    ),
     # (1, 32, 8, 32768, 2048): 2.7, 3.3, 4.3. Two programs of 4 warps share a multiprocessor: one
     # computes scores while the other waits; 8 warps: 2.9, 3.5, 4.9.
-    ("sm_90", 128): _tiles((128, 64, 4, 2, _TMA), (64, 64, 4, 2, _TMA), (64, 64, 4, 2, _TMA)),
+    ("sm_90", 128): _tiles(
+        (128, 64, 4, 2, _TMA),
+        (64, 64, 4, 2, _TMA),
+        (64, 64, 4, 2, _TMA),
+        (128, 64, 8, 3, _POINTERS),
+    ),
     # Run for correctness, not timed.
     ("sm_90", 256): _tiles((128, 32, 8, 2, _TMA), (64, 32, 8, 2, _TMA), (32, 64, 8, 2, _TMA)),
     # Compiled only.

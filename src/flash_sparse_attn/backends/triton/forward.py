@@ -360,7 +360,8 @@ def forward(
     if with_norm:
         norm = torch.empty(2, *lse.shape, dtype=torch.float32, device=query.device)
         peak, share = norm[0], norm[1]
-    config = config or tiles_for(architecture_of(query.device), head_dim).forward
+    if config is None:
+        config = tiles_for(architecture_of(query.device), head_dim).forward_of(plan.slots)
     num_tiles = triton.cdiv(plan.epoch_len * group, config.block_m)
     lists = tile_lists(plan, group, num_tiles, config.block_m, config.block_n)
     uses_tma = uses_descriptors(plan, key, value, config)

@@ -56,9 +56,36 @@ def _epoch(i_epoch, query_len, key_len, epoch_len):
     return first, tl.minimum(epoch_len, query_len - first), first + key_len - query_len
 
 
+@triton.jit
+def _pack_quads(ptr_quads, at, stride, SIZE: tl.constexpr):
+    """Words of 4 `SIZE` keys from 32 rows of bytes that are 0 or 1, read 4 at a time.
+
+    8 rows fit the bits of a byte, so that a shift and an OR serve 4 keys.
+    """
+    quad = tl.arange(0, SIZE)  # [SIZE]
+    at = tl.multiple_of(at, 16)
+    for part in tl.static_range(4):
+        rows = tl.zeros([SIZE], tl.int32)
+        for j in tl.static_range(8):
+            row = tl.multiple_of(at + (part * 8 + j) * stride, 16)
+            rows |= tl.load(ptr_quads + row // 4 + quad) << j
+        # One byte for each of the 4 keys.
+        first, second = rows & 255, (rows >> 8) & 255
+        third, fourth = (rows >> 16) & 255, (rows >> 24) & 255
+        if part == 0:
+            word_0, word_1, word_2, word_3 = first, second, third, fourth
+        else:
+            word_0 |= first << part * 8
+            word_1 |= second << part * 8
+            word_2 |= third << part * 8
+            word_3 |= fourth << part * 8
+    words = tl.join(tl.join(word_0, word_2), tl.join(word_1, word_3))  # [SIZE, 2, 2]
+    return words.reshape(SIZE * 4)
+
+
 @triton.jit(do_not_specialize=_INTS)
 def pack_kernel(
-    ptr_mask, ptr_words, ptr_seen, query_len, key_len, epoch_len, num_epochs, num_parts,
+    ptr_mask, ptr_quads, ptr_words, ptr_seen, query_len, key_len, epoch_len, num_epochs, num_parts,
     num_blocks,
     smb: tl.int64,
     smk: tl.int64,
@@ -69,7 +96,7 @@ def pack_kernel(
     MEMBERS: tl.constexpr,
     CAUSAL: tl.constexpr,
     UNIT: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    QUADS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program per (row, epoch, part of its words, block of keys).
@@ -78,6 +105,7 @@ def pack_kernel(
     their last query are neither computed nor stored.
     """
     i_row, rest = row_and_rest(num_epochs * num_parts * num_blocks)
+    rest = num_epochs * num_parts * num_blocks - 1 - rest  # with causality the long ones first
     i_epoch, rest = rest // (num_parts * num_blocks), rest % (num_parts * num_blocks)
     i_part, key_0 = rest // num_blocks, rest % num_blocks * BLOCK
     first, num, position = _epoch(i_epoch, query_len, key_len, epoch_len)
@@ -85,7 +113,7 @@ def pack_kernel(
     words_now = num_words // num_parts
     key = key_0 + tl.arange(0, BLOCK)  # [BLOCK]
     offs = key.to(tl.int64) if UNIT else key.to(tl.int64) * smn
-    ptr_mask += i_row // ROW_HEADS * smb + i_row % ROW_HEADS * smk
+    row_offs = i_row // ROW_HEADS * smb + i_row % ROW_HEADS * smk
     seen = tl.zeros([BLOCK], tl.int32)
     for i in range(i_part * words_now, (i_part + 1) * words_now):
         query = i * 32
@@ -96,14 +124,14 @@ def pack_kernel(
             whole = whole & (key_0 + BLOCK - 1 <= position + query)
         if reached:
             for member in tl.static_range(MEMBERS):
-                base = member * smg + (first + query) * smq
+                base = row_offs + member * smg + (first + query) * smq
                 word = tl.zeros([BLOCK], tl.int32)
                 if whole:
-                    for j in tl.static_range(32):
-                        at = base + j * smq
-                        if ALIGNED:
-                            at = tl.multiple_of(at, 16)
-                        word |= tl.load(ptr_mask + at + offs).to(tl.int32) << j
+                    if QUADS:
+                        word = _pack_quads(ptr_quads, base + key_0, smq, BLOCK // 4)
+                    else:
+                        for j in tl.static_range(32):
+                            word |= tl.load(ptr_mask + base + j * smq + offs).to(tl.int32) << j
                 else:
                     for j in tl.static_range(32):
                         inside = (key < key_len) & (query + j < num)
@@ -329,11 +357,14 @@ def _fill_bits(plan: Plan, mask: Tensor, layout: MaskLayout, is_causal: bool) ->
     seen = torch.empty(rows, num_epochs, num_parts, key_len, dtype=torch.int8, device=mask.device)
     strides = broadcast_strides(mask, layout.row_heads, members)
     is_unit = strides[4] == 1
-    is_aligned = mask.data_ptr() % 16 == 0 and not any(stride % 16 for stride in strides[:4])
+    quads, flat = None, mask.view(torch.uint8)
+    steps = (mask.shape[3], *strides[:4])
+    if is_unit and mask.data_ptr() % 16 == 0 and not any(step % 16 for step in steps):
+        quads = flat.view(torch.int32)
     launch(pack_kernel, rows * num_epochs * num_parts * num_blocks)(
-        mask.view(torch.uint8), words, seen, query_len, key_len, epoch_len, num_epochs, num_parts,
+        flat, quads, words, seen, query_len, key_len, epoch_len, num_epochs, num_parts,
         num_blocks, *strides, ROW_HEADS=layout.row_heads, MEMBERS=members, CAUSAL=is_causal,
-        UNIT=is_unit, ALIGNED=is_aligned and is_unit, BLOCK=block, num_warps=1,
+        UNIT=is_unit, QUADS=quads is not None, BLOCK=block, num_warps=1,
     )  # fmt: skip
     scanned = min(_SCANNED, max(128, triton.next_power_of_2(key_len)))
     launch(slot_kernel, rows * num_epochs)(
