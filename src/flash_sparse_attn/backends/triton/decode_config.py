@@ -52,7 +52,9 @@ def decode_config(rows: int, head_dim: int, in_pairs: bool) -> DecodeConfig:
     width = padded_head_dim(head_dim) // (2 if in_pairs else 1)
     # Blocks of K and V in two buffers of at most 72 KiB fit every GPU.
     block_n = max(32, min(128 if in_pairs else 64, 8192 // width))
-    return DecodeConfig(block_m, block_n, 2 if block_m == _MIN_ROWS and not in_pairs else 4)
+    # Two warps spill with wider heads, more rows, or pairs to unpack.
+    is_light = block_m == _MIN_ROWS and width <= 128 and not in_pairs
+    return DecodeConfig(block_m, block_n, 2 if is_light else 4)
 
 
 def splits_at_once(splits: int, head_dim: int) -> dict[str, int]:
