@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from .cases import GPU_PATTERNS, PATTERNS
 from .console import format_bytes, format_seconds
@@ -57,11 +58,8 @@ def verdicts(rows: list[Row]) -> list[Verdict]:
         if row := latest.get((case, "ours")):
             found += [_within(row, part, limit) for part, limit in limits.items()]
     for case, factor in _FASTER_THAN_DENSE.items():
-        compare(
-            (case, "ours"),
-            (case, "sdpa-causal"),
-            lambda a, b, factor=factor: _faster("dense causal SDPA", a, b, factor),
-        )
+        than_dense = partial(_faster, "dense causal SDPA", factor=factor)
+        compare((case, "ours"), (case, "sdpa-causal"), than_dense)
     for case in _WITH_FLEX:
         compare((case, "ours"), (case, "flex"), _faster_than_flex)
     for pattern in GPU_PATTERNS[1:]:
