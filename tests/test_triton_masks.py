@@ -193,4 +193,28 @@ def test_attention(name: str) -> None:
     check(CASES[name])
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered")  # below the largest it is -inf
+@pytest.mark.parametrize("fill", [torch.finfo(torch.float32).min, 3e38, 1e6])
+def test_rows_of_largest_biases(fill: float) -> None:
+    """Beside a bias that takes all digits the number of keys that share a row is not lost."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 48, 1, 16) for _ in range(3))
+    grad = torch.randn_like(query)
+    bias = torch.full((1, 1, 48, 48), fill)
+    leaves = [t.double().requires_grad_() for t in (query, key, value)]
+    # One number added to all scores of a row changes nothing, but in fp32 it takes their digits.
+    zero = torch.zeros_like(leaves[0]) if abs(fill) > 1e30 else leaves[0]
+    truth, _, _ = attention_reference(zero, *leaves[1:], is_causal=True, softmax_scale=0.25)
+    truths = torch.autograd.grad(truth, leaves, grad.double(), allow_unused=True)
+    layout = MaskLayout.of(None, 48, 48, 1, 1, 1, "keys", 32)
+    plan = Plan.of([], layout.sizes, False)
+    tiles = Tiles(*(TileConfig(16, 16, 1, 1) for _ in range(3)))
+    call = Call(0.25, 0.0, Bias.of(bias, 1, 1))
+    out, _, norm = forward(plan, query, key, value, call, with_norm=True, config=tiles.forward)
+    grads = backward(plan, query, key, value, out, norm, grad, call, Needs(), tiles=tiles)
+    tolerance = 3e-5 if abs(fill) > 1e30 else 0.1
+    assert largest_error(out, truth.detach()) < tolerance
+    assert largest_error(grads[2], truths[2]) < tolerance
+
+
 run_interpreted(globals())
