@@ -138,6 +138,22 @@ def test_a_tensor_that_was_not_given_is_not_repeated(kernel):
     assert kernel.compiled == 0
 
 
+def test_calls_that_allocate_much_are_not_repeated(kernel, monkeypatch):
+    """And what they are done with is not kept until their end."""
+    monkeypatch.setattr(launching, "_MAX_BYTES", 4 * (16 + 8) - 1)
+    for _ in range(2):
+        left, right = torch.randn(8), torch.randn(8)
+        out, _ = call(kernel, left, right)
+        torch.testing.assert_close(out, 4 * left + 6 * right)
+    assert (kernel.handled, kernel.compiled) == (4, 0)
+    recorder = launching._Recorder((1,))
+    with recorder:
+        torch.empty(16)
+        assert recorder._fresh
+        torch.empty(8)
+    assert not recorder._fresh and recorder.recording(()) is None
+
+
 def test_profilers_see_ordinary_launches(kernel, monkeypatch):
     call(kernel, torch.randn(8), torch.randn(8))
     monkeypatch.setattr(launching, "_is_profiled", lambda: True)

@@ -158,9 +158,8 @@ class Plan:
     def facts(self) -> tuple[Any, ...]:
         """All that a kernel is told about the plan but the addresses."""
         alignments = tuple(address & 15 if address else -1 for address in self.addresses)
-        mask = None if self.mask is None else (self.mask.shape, self.mask.stride())
-        shapes = None if self.slot_key is None else self.slot_key.shape
-        return shapes, mask, self.sizes, self.clamps_positions, alignments
+        forms = tuple((tensor.shape, tensor.stride()) for tensor in self.tensors())
+        return forms, self.sizes, self.clamps_positions, alignments
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy takes over: the fields, not the addresses of these tensors."""

@@ -210,6 +210,23 @@ def test_repeated_launches_equal_the_first_call(dim, monkeypatch):
 
 
 @pytest.mark.parametrize("dim", [64, 128])
+def test_repeated_training_steps_equal_fresh_ones(dim, monkeypatch):
+    launching = pytest.importorskip("flash_sparse_attn.backends.triton.launch")
+    monkeypatch.setattr(launching, "_EMPTY_ON_GPU", None)  # so that memory is poisoned
+    monkeypatch.setattr(launching, "_recordings", {})
+    steps = []
+    for _ in range(3):
+        tensors = inputs(length=700, dim=dim, batch=2)
+        grad = torch.randn_like(tensors[0])
+        steps.append((tensors, grad, gradients(attend, tensors, grad)))
+    assert len(launching._recordings) == 2 and all(launching._recordings.values())
+    for tensors, grad, results in steps:
+        launching._recordings.clear()
+        for got, want in zip(results, gradients(attend, tensors, grad), strict=True):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
 def test_host_time_of_a_prepared_call(dim, monkeypatch):
     for name in ("empty", "empty_like", "empty_strided"):  # without poison
         monkeypatch.setattr(torch, name, getattr(torch, name).__wrapped__)

@@ -25,6 +25,9 @@ from triton import knobs
 from .config import KNOWN_TRITON
 
 _MAX_RECORDINGS = 1024
+# A call that allocates more takes so long on the device that its host time does not matter; and a
+# recorded call has all its memory at once, where an ordinary one reuses what it is done with.
+_MAX_BYTES = 512 << 20
 _ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty"}
 _VIEWS = {"alias", "detach", "select", "slice", "unsqueeze", "view"}
 _ALIGN = 256  # bytes: what the allocator of PyTorch gives, and more than any access needs
@@ -98,20 +101,13 @@ def _is_profiled() -> bool:
     return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
 
 
-def _encode(descriptor: Any, metadata: Any) -> list[Any]:
-    """The arguments that stand for a tensor descriptor."""
-    from triton.backends.nvidia.driver import make_tensordesc_arg
-
-    return make_tensordesc_arg(descriptor, metadata)
-
-
 @dataclass(frozen=True)
 class _Descriptor:
     """A tensor descriptor among the arguments, where Triton puts several in its place.
 
     Attributes:
         place, number, offset: As of an address, see `_Launch`.
-        like: The descriptor that was recorded.
+        shape, strides, padding: Of what it describes.
         metadata: How the kernel wants it encoded.
         known: The last address, and what it was encoded to: allocators come back to the same ones.
     """
@@ -119,20 +115,25 @@ class _Descriptor:
     place: int
     number: int
     offset: int
-    like: Any
+    shape: Any
+    strides: Any
+    padding: Any
     metadata: Any
     known: list[tuple[int, list[Any]]]
 
     def encoded(self, address: int) -> list[Any]:
+        """The arguments that stand for the descriptor."""
         known, arguments = self.known[0]
         if known != address:
+            from triton.backends.nvidia.driver import make_tensordesc_arg
+
             like = SimpleNamespace(
-                base=SimpleNamespace(data_ptr=lambda: address),
-                shape=self.like.shape,
-                strides=self.like.strides,
-                padding=self.like.padding,
+                base=SimpleNamespace(data_ptr=lambda: address),  # the memory is not kept alive
+                shape=self.shape,
+                strides=self.strides,
+                padding=self.padding,
             )
-            arguments = _encode(like, self.metadata)
+            arguments = make_tensordesc_arg(like, self.metadata)
             self.known[0] = (address, arguments)
         return arguments
 
@@ -228,6 +229,7 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self._given = list(addresses)
         self._fresh: dict[int, Tensor] = {}  # by the address of their storage, kept alive
+        self._fresh_bytes = 0
         self._launches: list[tuple[Any, int, list[Any]]] = []
         given = [address for address in addresses if address]
         # Two tensors at one address could not be told apart.
@@ -238,15 +240,23 @@ class _Recorder(TorchDispatchMode):
     ) -> Any:
         result = function(*args, **(kwargs or {}))
         name = function._opname
-        if name in _ALLOCATIONS:
-            self._fresh[result.untyped_storage().data_ptr()] = result
-        elif name not in _VIEWS:
+        if name in _ALLOCATIONS and self._is_repeatable:
+            storage = result.untyped_storage()
+            self._fresh[storage.data_ptr()] = result
+            self._fresh_bytes += storage.nbytes()
+        elif name not in _VIEWS and name not in _ALLOCATIONS:
             self._is_repeatable = False
+        if not self._is_repeatable or self._fresh_bytes > _MAX_BYTES:
+            self._is_repeatable = False
+            self._fresh.clear()
+            self._launches.clear()
         return result
 
     def launch(self, kernel: Any, num_programs: int, *args: Any, **constants: Any) -> None:
         """Start a kernel and note it."""
         compiled = kernel[(num_programs,)](*args, **constants)
+        if not self._is_repeatable:
+            return
         rest = (constants[name] for name in kernel.arg_names[len(args) :])
         self._launches.append((compiled, num_programs, [*args, *rest]))
 
@@ -289,11 +299,10 @@ class _Recorder(TorchDispatchMode):
                         total += -(-storage.nbytes() // _ALIGN) * _ALIGN
                     number, offset = numbers[base], address - base
                 if tensor is not value and number is not None:
-                    metadata = next(encodings)
-                    encoded = _encode(value, metadata)
-                    one = _Descriptor(place, number, offset, value, metadata, [(0, encoded)])
+                    form = (value.shape, value.strides, value.padding)
+                    one = _Descriptor(place, number, offset, *form, next(encodings), [(0, [])])
                     noted.descriptors.append(one)
-                    noted.arguments.extend(encoded)
+                    noted.arguments.extend(one.encoded(address))
                     continue
                 noted.arguments.append(address)
                 if number is not None:

@@ -117,14 +117,12 @@ def _forward(
     clamps_positions: bool,
     sizes: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from .forward import forward
-    from .inputs import Bias, Call
+    from .calls import run_forward
 
-    wrapped = None if bias is None else Bias.of(bias, query.shape[2], key.shape[2])
-    call = Call(softmax_scale, softcap, wrapped)
     record = Plan.of(plan, sizes, clamps_positions)
-    out, lse, norm = forward(record, query, key, value, call, with_norm=True)
-    assert norm is not None
+    out, lse, norm = run_forward(
+        query, key, value, bias, record, softmax_scale, softcap, with_norm=True
+    )
     return out, lse, norm
 
 
@@ -144,13 +142,12 @@ def _backward(
     sizes: list[int],
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from .backward import Needs, backward
-    from .inputs import Bias, Call
+    from .calls import run_backward
 
-    wrapped = None if bias is None else Bias.of(bias, query.shape[2], key.shape[2])
-    call = Call(softmax_scale, softcap, wrapped)
     record = Plan.of(plan, sizes, clamps_positions)
-    grads = backward(record, query, key, value, out, norm, grad_out, call, Needs(*needs))
+    grads = run_backward(
+        grad_out, query, key, value, bias, out, norm, record, softmax_scale, softcap, needs
+    )
     none = norm.new_empty(0)
     return tuple(none.clone() if grad is None else grad for grad in grads)  # type: ignore[return-value]
 
@@ -333,9 +330,11 @@ def attend(
 def _infer(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, problem: Problem, plan: Plan
 ) -> tuple[Tensor, Tensor]:
-    from .inference import infer
+    from .calls import run_forward
 
-    return infer(problem, query, key, value, bias, plan)
+    scale, softcap = problem.softmax_scale, problem.softcap
+    out, lse, _ = run_forward(query, key, value, bias, plan, scale, softcap, with_norm=False)
+    return out, lse
 
 
 def is_traced(tensor: Tensor) -> bool:

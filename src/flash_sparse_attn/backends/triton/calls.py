@@ -1,0 +1,79 @@
+"""Forward and backward passes as the operators want them, with little host time when repeated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ...plan import Plan
+from .backward import Needs, backward
+from .forward import forward
+from .inputs import Bias, Call
+from .launch import repeat
+
+
+def _call(
+    query: Tensor, key: Tensor, bias: Tensor | None, softmax_scale: float, softcap: float
+) -> Call:
+    wrapped = None if bias is None else Bias.of(bias, query.shape[2], key.shape[2])
+    return Call(softmax_scale, softcap, wrapped)
+
+
+def run_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    plan: Plan,
+    softmax_scale: float,
+    softcap: float,
+    *,
+    with_norm: bool,
+) -> Sequence[Tensor]:
+    """``out [B, Q, H, D]``, ``lse [B, H, Q]``, and what `run_backward` needs or ``None``."""
+
+    def run() -> tuple[Tensor, Tensor, Tensor | None]:
+        call = _call(query, key, bias, softmax_scale, softcap)
+        return forward(plan, query, key, value, call, with_norm=with_norm)
+
+    options = (softmax_scale, softcap, with_norm)
+    return _repeat(options, (query, key, value, bias), plan, run)
+
+
+def run_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    norm: Tensor,
+    plan: Plan,
+    softmax_scale: float,
+    softcap: float,
+    needs: Sequence[bool],
+) -> Sequence[Tensor | None]:
+    """Gradients of query, key, value and bias; ``None`` for those that `needs` leaves out."""
+
+    def run() -> tuple[Tensor | None, ...]:
+        call = _call(query, key, bias, softmax_scale, softcap)
+        return backward(plan, query, key, value, out, norm, grad_out, call, Needs(*needs))
+
+    options = (softmax_scale, softcap, *needs)
+    return _repeat(options, (query, key, value, bias, out, norm, grad_out), plan, run)
+
+
+def _repeat(
+    options: tuple[Any, ...],
+    tensors: Sequence[Tensor | None],
+    plan: Plan,
+    run: Callable[[], Sequence[Any]],
+) -> Sequence[Any]:
+    """`launch.repeat` for what follows from these options, tensors and plan."""
+    given = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    device = tensors[0].device  # type: ignore[union-attr]
+    forms = [None if t is None else (t.dtype, t.shape, t.stride()) for t in tensors]
+    facts = (device, *options, *forms, *[address & 15 for address in given], *plan.facts)
+    return repeat(facts, (*given, *plan.addresses), device, run)
