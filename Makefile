@@ -8,11 +8,12 @@ IN_DEMO = @"$(PYTHON)" scripts/env.py demo
 IN_TEST = @"$(PYTHON)" scripts/env.py test
 IN_DOCS = @"$(PYTHON)" scripts/env.py docs
 
-.PHONY: help demo test test-all lint bench docs clean python
+.PHONY: help demo test test-all test-gpu lint bench docs clean python
 help:
 	@echo "make demo      install into .venv-demo and run the demonstration"
 	@echo "make test      install into .venv-test and run the linters and tests (up to 10 minutes)"
 	@echo "make test-all  the same with the heavy tests"
+	@echo "make test-gpu  the tests that need a GPU, in several processes"
 	@echo "make lint      ruff and mypy only"
 	@echo "make bench     run the benchmarks"
 	@echo "make docs      build the documentation into docs/_build; every warning is an error"
@@ -27,6 +28,9 @@ test: python
 
 test-all: python
 	$(IN_TEST) scripts/test.py --heavy $(ARGS)
+
+test-gpu: python
+	$(IN_TEST) scripts/test.py --gpu $(ARGS)
 
 lint: python
 	$(IN_TEST) scripts/test.py --lint-only

@@ -1,6 +1,9 @@
 """Run the linters, then the tests; exits non-zero if any of them fails.
 
-    python scripts/test.py [--heavy | --lint-only] [PYTEST ARGUMENT...]
+    python scripts/test.py [--heavy | --lint-only | --gpu] [PYTEST ARGUMENT...]
+
+`--gpu` runs the tests of a GPU alone, in several processes side by side: most of their time goes
+into compiling kernels.
 
 Runs in the environment of scripts/env.py or any other that has pytest. A missing linter is reported
 and skipped: an offline machine with NO_VENV=1 need not have one.
@@ -13,6 +16,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,6 +27,7 @@ PLUGINS = {
     "pytest_timeout": ["pytest_timeout"],
     "_hypothesis_pytestplugin": ["_hypothesis_pytestplugin"],
 }
+GPU_PROCESSES = 10
 TIMEOUT = {False: 300, True: 1800}  # seconds for one test, without and with the heavy ones
 
 
@@ -68,10 +73,29 @@ def run_pytest(heavy: bool, arguments: list[str]) -> bool:
     return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode == 0
 
 
+def run_gpu_tests(heavy: bool, arguments: list[str]) -> int:
+    """Run the tests marked gpu, every process its part of them; 0 if all passed."""
+    chosen = "gpu" if heavy else "gpu and not heavy"
+
+    def run(part: int) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "pytest", "-q", "-m", chosen, "--tb=short"]
+        command += ["--show-capture=no", f"--part={part}/{GPU_PROCESSES}", *arguments]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    failed = False
+    with ThreadPoolExecutor(GPU_PROCESSES) as pool:
+        for part, done in enumerate(pool.map(run, range(GPU_PROCESSES))):
+            print(f"part {part}:\n{done.stdout}{done.stderr}", flush=True)
+            failed |= done.returncode not in (0, 5)  # 5: no test is left for this part
+    return int(failed)
+
+
 def main(arguments: list[str]) -> int:
     heavy = "--heavy" in arguments
     only_lint = "--lint-only" in arguments
-    rest = [a for a in arguments if a not in ("--heavy", "--lint-only")]
+    rest = [a for a in arguments if a not in ("--heavy", "--lint-only", "--gpu")]
+    if "--gpu" in arguments:
+        return run_gpu_tests(heavy, rest)
     failed = lint()
     if not only_lint and not run_pytest(heavy, rest):
         failed.append("pytest")

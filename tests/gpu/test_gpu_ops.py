@@ -226,6 +226,7 @@ def test_repeated_training_steps_equal_fresh_ones(dim, monkeypatch):
             assert torch.equal(got, want)
 
 
+@pytest.mark.heavy  # wants the machine for itself
 @pytest.mark.parametrize("dim", [64, 128])
 def test_host_time_of_a_prepared_call(dim, monkeypatch):
     for name in ("empty", "empty_like", "empty_strided"):  # without poison
