@@ -14,19 +14,9 @@ from torch import Tensor
 from ...plan import Plan
 from .inputs import words_of_tile
 from .launch import launch
-from .tiles import row_and_rest
+from .tiles import NUMBERS, row_and_rest
 
 _SIZE = 512  # blocks or tiles looked at together
-
-_INTS = (
-    "query_len",
-    "epoch_len",
-    "num_epochs",
-    "num_slots",
-    "num_tiles",
-    "num_owners",
-    "num_entries",
-)
 
 
 @triton.jit
@@ -66,7 +56,7 @@ def _flags(
     return sees_any, sees_all
 
 
-@triton.jit(do_not_specialize=_INTS)
+@triton.jit(do_not_specialize=NUMBERS)
 def list_kernel(
     ptr_bits, ptr_counts, ptr_lists, query_len, epoch_len, num_epochs, num_slots, num_tiles,
     num_owners, num_entries,

@@ -18,7 +18,7 @@ from ...intervals import NEVER, KeySelection
 from ...varlen import PackedSequences
 from .config import SLOT_ALIGN
 from .layout import Layout
-from .tiles import epoch_bounds, row_and_rest
+from .tiles import NUMBERS, epoch_bounds, row_and_rest
 
 _NEVER = tl.constexpr(NEVER)
 _ALIGN = tl.constexpr(SLOT_ALIGN)
@@ -29,22 +29,8 @@ _BLOCK = 4096  # keys looked at together
 _PROGRAMS = 256  # programs of 16 warps that keep a GPU busy
 _PIECE = 1 << 16  # keys that one program looks at, if those before it are many
 
-_SIZES = (
-    "query_len",
-    "key_len",
-    "epoch_len",
-    "num_epochs",
-    "old_slots",
-    "num_slots",
-    "coarse_len",
-    "num_coarse",
-    "keep_recent",
-    "piece_len",
-    "num_pieces",
-)
 
-
-@triton.jit(do_not_specialize=("epoch_len", "num_sequences"))
+@triton.jit(do_not_specialize=NUMBERS)
 def _epochs_kernel(ptr_cu_q, ptr_cu_k, ptr_epochs, epoch_len, num_sequences):
     """One program per epoch. Epoch ``m`` of sequence ``n`` has number ``cu_q[n] // L + n + m``."""
     i_epoch = tl.program_id(0)
@@ -167,7 +153,7 @@ def _write_new(
     return entered
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=NUMBERS)
 def collect_kernel(
     ptr_start, ptr_expiry, ptr_mask, ptr_coarse, ptr_coarse_counts, ptr_epochs, ptr_list, ptr_key,
     ptr_slot_start, ptr_slot_expiry, ptr_counts, ptr_entered, query_len, key_len, epoch_len,

@@ -23,6 +23,7 @@ from .launch import launch
 from .slots import slot_chunks, slot_dim, slots_of, uses_descriptors
 from .tiles import (
     LOWEST,
+    NUMBERS,
     bits_see,
     epoch_bounds,
     key_blocks,
@@ -39,39 +40,6 @@ from .tiles import (
     store_rows,
     tile_blocks,
     tile_rows,
-)
-
-_INTS = (
-    "query_len",
-    "key_len",
-    "epoch_len",
-    "num_epochs",
-    "num_lists",
-    "num_tiles",
-    "old_slots",
-    "num_slots",
-    "row_0",
-    "plan_b",
-    "plan_h",
-    "sqb",
-    "sqn",
-    "sqh",
-    "skb",
-    "skn",
-    "skh",
-    "svb",
-    "svn",
-    "svh",
-    "sbb",
-    "sbk",
-    "sbg",
-    "sbq",
-    "sbn",
-    "smb",
-    "smk",
-    "smg",
-    "smq",
-    "smn",
 )
 
 
@@ -153,7 +121,7 @@ def _attend(
     return peak, total, acc
 
 
-@triton.jit(do_not_specialize=_INTS)
+@triton.jit(do_not_specialize=NUMBERS)
 def forward_kernel(
     ptr_q, slots_k, slots_v, ptr_out, ptr_lse, ptr_peak, ptr_share, ptr_key, ptr_start, ptr_expiry,
     ptr_visible, ptr_entered, ptr_epochs, ptr_bits, ptr_lists, ptr_mask, ptr_slot_bias, ptr_bias,

@@ -35,23 +35,10 @@ from .config import RoleConfig, slot_rows
 from .inputs import Call, query_tiles
 from .launch import launch
 from .slots import copy_slots
-from .tiles import LOWEST, epoch_bounds, tile_blocks
+from .tiles import LOWEST, NUMBERS, epoch_bounds, tile_blocks
 
 _LN2 = gl.constexpr(0.6931471805599453)
 _ROWS = gl.constexpr(64)  # of a consumer: what one group of four warps multiplies at a time
-
-_INTS = (
-    "num_items",
-    "num_rows",
-    "row_0",
-    "num_epochs",
-    "num_tiles",
-    "query_len",
-    "key_len",
-    "epoch_len",
-    "old_slots",
-    "num_slots",
-)
 
 
 @gluon.jit
@@ -354,7 +341,7 @@ def _consume(
             gl.store(ptr_share + index, gl.where(is_empty, 0.0, share), mask=is_row)
 
 
-@gluon.jit(do_not_specialize=_INTS)
+@gluon.jit(do_not_specialize=NUMBERS)
 def gluon_forward_kernel(
     tiles_q, slots_k, slots_v, slots_bias, slots_start, slots_expiry, ptr_out, ptr_lse, ptr_peak,
     ptr_share, ptr_epochs, ptr_visible, ptr_entered, scale, num_items, num_rows, row_0,

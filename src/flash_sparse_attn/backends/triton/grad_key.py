@@ -33,6 +33,7 @@ from .launch import launch
 from .reduce import reduce_kernel
 from .slots import slots_of
 from .tiles import (
+    NUMBERS,
     bits_see,
     epoch_bounds,
     key_bounds,
@@ -49,44 +50,6 @@ from .tiles import (
 )
 
 _INF = tl.constexpr(float("inf"))
-
-_INTS = (
-    "query_len",
-    "key_len",
-    "epoch_len",
-    "num_epochs",
-    "num_lists",
-    "num_tiles",
-    "num_blocks",
-    "old_slots",
-    "num_slots",
-    "row_0",
-    "plan_b",
-    "plan_h",
-    "sqb",
-    "sqn",
-    "sqh",
-    "skb",
-    "skn",
-    "skh",
-    "svb",
-    "svn",
-    "svh",
-    "sgb",
-    "sgn",
-    "sgh",
-    "sgd",
-    "sbb",
-    "sbk",
-    "sbg",
-    "sbq",
-    "sbn",
-    "smb",
-    "smk",
-    "smg",
-    "smq",
-    "smn",
-)
 
 
 @triton.jit
@@ -206,7 +169,7 @@ def _add_tile(
     return grad_k, grad_v, grad_bias
 
 
-@triton.jit(do_not_specialize=_INTS)
+@triton.jit(do_not_specialize=NUMBERS)
 def grad_key_kernel(
     tiles_q, ptr_k, ptr_v, tiles_grad, ptr_peak, ptr_share, ptr_delta, ptr_part_k, ptr_part_v,
     ptr_part_bias, ptr_key, ptr_start, ptr_expiry, ptr_counts, ptr_epochs, ptr_bits, ptr_lists,

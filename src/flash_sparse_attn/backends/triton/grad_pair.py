@@ -17,28 +17,10 @@ from .config import TileConfig
 from .grad_query import Saved, num_query_tiles, run_grad_query
 from .inputs import Bias, Call
 from .launch import launch
-from .tiles import row_and_rest
+from .tiles import NUMBERS, row_and_rest
 
 _BUFFER = 1 << 30  # bytes, if one tile of all rows takes no more
 _KEYS = 256  # keys of one program
-
-_INTS = (
-    "query_len",
-    "key_len",
-    "epoch_len",
-    "num_epochs",
-    "num_lists",
-    "num_slots",
-    "unit_0",
-    "units_now",
-    "unit_len",
-    "unit_rows",
-    "units_of_epoch",
-    "num_batches",
-    "num_blocks",
-    "plan_b",
-    "plan_h",
-)
 
 
 @triton.jit(do_not_specialize=("num_slots", "key_len"))
@@ -57,7 +39,7 @@ def inverse_kernel(
             tl.store(ptr_use_slot + i_list * key_len + key, slot, mask=live)
 
 
-@triton.jit(do_not_specialize=_INTS)
+@triton.jit(do_not_specialize=NUMBERS)
 def spread_kernel(
     ptr_pairs, ptr_grad_bias, ptr_use_slot, ptr_start, ptr_expiry, ptr_bits, query_len, key_len,
     epoch_len, num_epochs, num_lists, num_slots, unit_0, units_now, unit_len, unit_rows,

@@ -20,6 +20,7 @@ from .inputs import Call, is_aligned, mask_strides, plan_flags, words_of_tile
 from .launch import launch
 from .slots import slot_chunks, slot_dim, slots_of, uses_descriptors
 from .tiles import (
+    NUMBERS,
     bits_see,
     epoch_bounds,
     key_blocks,
@@ -39,45 +40,6 @@ from .tiles import (
 )
 
 _INF = tl.constexpr(float("inf"))
-
-_INTS = (
-    "query_len",
-    "key_len",
-    "epoch_len",
-    "num_epochs",
-    "num_lists",
-    "num_tiles",
-    "tile_0",
-    "num_now",
-    "old_slots",
-    "num_slots",
-    "row_0",
-    "plan_b",
-    "plan_h",
-    "sqb",
-    "sqn",
-    "sqh",
-    "skb",
-    "skn",
-    "skh",
-    "svb",
-    "svn",
-    "svh",
-    "sgb",
-    "sgn",
-    "sgh",
-    "sgd",
-    "sbb",
-    "sbk",
-    "sbg",
-    "sbq",
-    "sbn",
-    "smb",
-    "smk",
-    "smg",
-    "smq",
-    "smn",
-)
 
 
 @triton.jit
@@ -170,7 +132,7 @@ def _add_block(
     return tl.dot(grad_scores.to(k.dtype), k, acc)
 
 
-@triton.jit(do_not_specialize=_INTS)
+@triton.jit(do_not_specialize=NUMBERS)
 def grad_query_kernel(
     ptr_q, slots_k, slots_v, ptr_out, ptr_grad, ptr_peak, ptr_share, ptr_delta, ptr_grad_q,
     ptr_pairs, ptr_key, ptr_start, ptr_expiry, ptr_visible, ptr_entered, ptr_epochs, ptr_bits,

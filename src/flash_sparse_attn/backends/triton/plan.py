@@ -26,7 +26,7 @@ from torch import Tensor
 from ...plan import Plan
 from .collect import collect, epoch_table, pad_slots, sequence_of
 from .layout import Layout
-from .tiles import count_prefix, epoch_bounds, row_and_rest
+from .tiles import NUMBERS, count_prefix, epoch_bounds, row_and_rest
 
 if TYPE_CHECKING:
     from ...intervals import KeySelection
@@ -35,20 +35,8 @@ if TYPE_CHECKING:
 _NO_KEY = tl.constexpr(-(2**63))
 _RUN = 1024  # keys sorted by one program
 
-_SIZES = (
-    "query_len",
-    "key_len",
-    "epoch_len",
-    "num_epochs",
-    "old_slots",
-    "num_slots",
-    "keep_first",
-    "num_runs",
-    "num_bits",
-)
 
-
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=NUMBERS)
 def _sort_kernel(
     ptr_score,
     ptr_list,
@@ -86,7 +74,7 @@ def _sort_kernel(
         tl.store(ptr_sorted + out, packed)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=NUMBERS)
 def _place_kernel(
     ptr_start,
     ptr_expiry,
@@ -164,7 +152,7 @@ def _place_kernel(
         tl.store(ptr_visible + i + offs, seen, mask=i + offs < num)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=NUMBERS)
 def _uses_kernel(
     ptr_start,
     ptr_expiry,
@@ -203,7 +191,7 @@ def _uses_kernel(
         tl.store(ptr_uses + key, uses, mask=key < end)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=NUMBERS)
 def _link_kernel(
     ptr_key,
     ptr_slot_expiry,

@@ -24,7 +24,7 @@ from .config import SLOT_ALIGN
 from .inputs import broadcast_strides
 from .launch import launch
 from .masks import MaskLayout
-from .tiles import row_and_rest
+from .tiles import NUMBERS, row_and_rest
 
 _NEVER = tl.constexpr(NEVER)
 _ALIGN = tl.constexpr(SLOT_ALIGN)
@@ -32,21 +32,6 @@ _ALIGN = tl.constexpr(SLOT_ALIGN)
 _SCANNED = 4096  # keys that one program looks at together
 _PACKED = 512  # keys of one program that packs
 _PROGRAMS = 2048  # programs of one warp that keep a GPU busy with reading
-
-_INTS = (
-    "query_len",
-    "key_len",
-    "epoch_len",
-    "num_epochs",
-    "num_parts",
-    "num_blocks",
-    "num_slots",
-    "smb",
-    "smk",
-    "smg",
-    "smq",
-    "smn",
-)
 
 
 @triton.jit
@@ -83,7 +68,7 @@ def _pack_quads(ptr_quads, at, stride, SIZE: tl.constexpr):
     return words.reshape(SIZE * 4)
 
 
-@triton.jit(do_not_specialize=_INTS)
+@triton.jit(do_not_specialize=NUMBERS)
 def pack_kernel(
     ptr_mask, ptr_quads, ptr_words, ptr_seen, query_len, key_len, epoch_len, num_epochs, num_parts,
     num_blocks,
@@ -146,7 +131,7 @@ def pack_kernel(
     tl.store(ptr_seen + out + key, (seen != 0).to(tl.int8), mask=key < key_len)
 
 
-@triton.jit(do_not_specialize=_INTS)
+@triton.jit(do_not_specialize=NUMBERS)
 def slot_kernel(
     ptr_seen, ptr_key, ptr_counts, ptr_use_slot, key_len, num_epochs, num_parts, num_slots,
     USES: tl.constexpr,
@@ -188,7 +173,7 @@ def _and(left, right):
     return left & right
 
 
-@triton.jit(do_not_specialize=_INTS)
+@triton.jit(do_not_specialize=NUMBERS)
 def bits_kernel(
     ptr_words, ptr_key, ptr_counts, ptr_slot_bits, ptr_block_bits, query_len, key_len, epoch_len,
     num_epochs, num_slots,
@@ -224,7 +209,7 @@ def bits_kernel(
                 tl.store(ptrs + 1, tl.reduce(parts, 2, _and))
 
 
-@triton.jit(do_not_specialize=_INTS)
+@triton.jit(do_not_specialize=NUMBERS)
 def keys_kernel(
     ptr_mask, ptr_key, ptr_start, ptr_expiry, ptr_counts, ptr_visible, ptr_entered, ptr_use_slot,
     query_len, key_len, num_slots,

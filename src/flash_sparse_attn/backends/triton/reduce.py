@@ -5,21 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import load_rows, row_and_rest, store_rows
-
-_INTS = (
-    "key_len",
-    "num_epochs",
-    "num_lists",
-    "num_slots",
-    "num_blocks",
-    "row_0",
-    "plan_b",
-    "plan_h",
-)
+from .tiles import NUMBERS, load_rows, row_and_rest, store_rows
 
 
-@triton.jit(do_not_specialize=_INTS)
+@triton.jit(do_not_specialize=NUMBERS)
 def reduce_kernel(
     ptr_part_k, ptr_part_v, ptr_part_bias, ptr_use_end, ptr_use_slot, ptr_grad_k, ptr_grad_v,
     ptr_grad_bias, key_len, num_epochs, num_lists, num_slots, num_blocks, row_0, plan_b, plan_h,

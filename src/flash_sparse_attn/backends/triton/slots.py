@@ -20,30 +20,10 @@ from ...plan import Plan
 from .config import SLOT_ALIGN, TileConfig, padded_head_dim, slot_rows
 from .inputs import Bias, head_tiles, is_aligned
 from .launch import launch
-from .tiles import load_rows, log2_bias, row_and_rest, row_offsets
-
-_INTS = (
-    "num_lists",
-    "old_slots",
-    "num_slots",
-    "num_blocks",
-    "row_0",
-    "plan_b",
-    "plan_h",
-    "skb",
-    "skn",
-    "skh",
-    "svb",
-    "svn",
-    "svh",
-    "sbb",
-    "sbk",
-    "sbg",
-    "sbn",
-)
+from .tiles import NUMBERS, load_rows, log2_bias, row_and_rest, row_offsets
 
 
-@triton.jit(do_not_specialize=_INTS)
+@triton.jit(do_not_specialize=NUMBERS)
 def copy_kernel(
     ptr_k,
     ptr_v,
