@@ -42,7 +42,7 @@ TARGETS = {
     "gfx942": ("gfx942", "gfx942", 65_536),
 }
 # Bytes of stack. Some of the fastest kernels spill a little outside their inner loops.
-MAX_STACK = 272
+MAX_STACK = {"copied": 256, "gathered": 272, "keys": 272}
 # The kernels whose wgmma are known to wait for each other.
 SERIALIZED = {("sm_90", 256, "grad_query", slots) for slots in ("copied", "keys")}
 
@@ -172,7 +172,7 @@ def compiled(target: str, head_dim: int, name: str, slots: str = "copied") -> Co
 def check(target: str, head_dim: int, name: str, slots: str = "copied") -> None:
     kernel = compiled(target, head_dim, name, slots)
     assert kernel.shared <= TARGETS[target][2]
-    assert kernel.stack <= MAX_STACK
+    assert kernel.stack <= MAX_STACK[slots]
     if target == "gfx942":
         assert "amd_mfma" in kernel.layouts
         return
