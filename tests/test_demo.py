@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from flash_sparse_attn import DynamicMaskAttention, __main__, info
 from flash_sparse_attn.bench.console import Progress
-from flash_sparse_attn.demo import cost, decode, model, recall, text
+from flash_sparse_attn.demo import cost, decode, model, recall, text, training
 from flash_sparse_attn.demo.model import ModelConfig, PlainAttention, SmallModel
 
 SIZES = ModelConfig(
@@ -91,7 +91,7 @@ def test_training_lowers_the_loss(kind):
         return F.cross_entropy(net(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
 
     with Progress("train", 40) as bar:
-        losses = model.train(net, loss, 40, 1e-2, bar)
+        losses = training.train(net, loss, 40, 1e-2, bar)
     assert len(losses) == 40 and losses[-1] < 0.5 * losses[0]
 
 

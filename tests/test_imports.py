@@ -52,6 +52,7 @@ LAYERS = (
     {"info"},
     {"bench"},
     {"demo"},
+    {"quality"},
     {"__main__"},
 )
 NUMBER = {entry: number for number, layer in enumerate(LAYERS) for entry in layer}
@@ -63,6 +64,7 @@ PARTS = (
     "demo",
     "distributed",
     "integrations",
+    "quality",
     "utils",
 )
 

@@ -9,7 +9,8 @@ from typing import Any
 from . import cost
 from .model import KINDS
 
-_COLOURS = {"full": "#4c566a", "window": "#d08770", "dynamic": "#2e7d6b"}
+KIND_COLOURS = {"full": "#4c566a", "window": "#d08770", "dynamic": "#2e7d6b", "shared": "#7a5195"}
+"""Colours of the kinds of `model.SmallModel`."""
 _METHODS = {"ours": "#2e7d6b", "sdpa-causal": "#4c566a", "sdpa-masked": "#d08770"}
 
 
@@ -44,7 +45,7 @@ def _recall(axis: Any, recall: dict[str, Any]) -> None:
     for offset, field, hatch in ((-0.2, "accuracy", None), (0.2, "far_accuracy", "//")):
         heights = [100 * models[kind][field] for kind in KINDS]
         places = [index + offset for index in range(len(KINDS))]
-        colours = list(_COLOURS.values())
+        colours = [KIND_COLOURS[kind] for kind in KINDS]
         bars = axis.bar(places, heights, 0.38, color=colours, hatch=hatch, alpha=0.9)
         axis.bar_label(bars, fmt="%.0f", fontsize=8)
     axis.set_xticks(range(len(KINDS)), KINDS.values())
@@ -97,7 +98,7 @@ def _memory(axis: Any, results: dict[str, Any]) -> None:
 
 def _learning(axis: Any, results: dict[str, Any], title: str) -> None:
     for kind, model in results["models"].items():
-        axis.plot(model["losses"], color=_COLOURS[kind], linewidth=1.0, label=KINDS[kind])
+        axis.plot(model["losses"], color=KIND_COLOURS[kind], linewidth=1.0, label=KINDS[kind])
     axis.set_xlabel("step")
     axis.set_ylabel("loss")
     axis.legend(fontsize=8)

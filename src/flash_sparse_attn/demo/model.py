@@ -1,9 +1,8 @@
-"""The small causal transformer of the demo; its attention is the only part that differs."""
+"""The small causal transformer that is trained; its attention is the only part that differs."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
@@ -11,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..bench.console import Progress
+from ..attention import flash_sparse_attn_func
 from ..nn import DynamicMaskAttention
+from ..selection import select_keys
 from ..window_cache import WindowCache
 
 KINDS = {
@@ -20,7 +20,10 @@ KINDS = {
     "window": "sliding window",
     "dynamic": "dynamic mask",
 }
-"""The three attentions that are compared."""
+"""The attentions that the demo compares."""
+
+SHARED = "shared"
+"""One more kind: a dynamic mask whose choice reads the whole text, the future too."""
 
 ROPE_THETA = 10000.0
 
@@ -34,8 +37,8 @@ class ModelConfig:
         classes: Size of the vocabulary that is predicted.
         width: Width of the residual stream.
         layers, heads, kv_heads, head_dim: As usual.
-        window: Keys that a query of the sliding window and of the dynamic mask sees.
-        recent: How many of the dynamic mask's `window` keys are the newest, whatever their score.
+        window: Keys that a query of the sliding window and of the dynamic masks sees.
+        recent: How many of a dynamic mask's `window` keys are the newest, whatever their score.
         feed_forward: Width of the feed-forward part over `width`; 0 for none.
     """
 
@@ -52,7 +55,11 @@ class ModelConfig:
 
 
 class PlainAttention(nn.Module):
-    """Ordinary causal self-attention by PyTorch's SDPA, over all keys or the newest `window`."""
+    """Ordinary causal self-attention over all keys, or over the newest `window`.
+
+    Over all keys it is PyTorch's SDPA. A window is a selection of equal scores, of which the newer
+    wins: O(N W) where SDPA with a mask takes O(N^2).
+    """
 
     def __init__(self, config: ModelConfig, window: int | None) -> None:
         super().__init__()
@@ -65,20 +72,22 @@ class PlainAttention(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """``[B, S, width]`` to the same."""
         query, key, value = (
-            project(hidden).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            project(hidden).unflatten(-1, (-1, self.head_dim))
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         position = torch.arange(hidden.shape[1], device=hidden.device)
         query, key = (_rotate(x, position).to(value.dtype) for x in (query, key))
-        grouped = query.shape[1] != key.shape[1]
-        near = None
-        if self.window is not None:
-            age = position[:, None] - position
-            near = (age >= 0) & (age < self.window)
-        out = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=near, is_causal=near is None, enable_gqa=grouped
-        )
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        if self.window is None:
+            query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+            grouped = query.shape[1] != key.shape[1]
+            out = F.scaled_dot_product_attention(
+                query, key, value, is_causal=True, enable_gqa=grouped
+            )
+            out = out.transpose(1, 2)
+        else:
+            equal = key.new_zeros(key.shape[0], key.shape[2], key.shape[1])
+            out = flash_sparse_attn_func(query, key, value, select_keys(equal, self.window))
+        return self.o_proj(out.flatten(2))
 
 
 class _Block(nn.Module):
@@ -106,7 +115,7 @@ class SmallModel(nn.Module):
 
     Args:
         config: Sizes.
-        kind: One of `KINDS`.
+        kind: One of `KINDS`, or `SHARED`.
     """
 
     def __init__(self, config: ModelConfig, kind: str) -> None:
@@ -146,7 +155,7 @@ class SmallModel(nn.Module):
         return [attention.make_cache(batch) for attention in self.dynamic_layers()]
 
     def dynamic_layers(self) -> Iterator[DynamicMaskAttention]:
-        """The attention layers of a model of the kind ``"dynamic"``."""
+        """The attention layers of a model with dynamic masks."""
         for block in self.blocks:
             attention = cast(_Block, block).attention
             if not isinstance(attention, DynamicMaskAttention):
@@ -158,58 +167,19 @@ class SmallModel(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
 
-def train(
-    model: SmallModel,
-    loss_of_step: Callable[[int], Tensor],
-    steps: int,
-    learning_rate: float,
-    bar: Progress,
-) -> list[float]:
-    """Train with AdamW: warm-up over a tenth of the steps, cosine decay to a twentieth of the rate.
-
-    Args:
-        model: Trained in place.
-        loss_of_step: The loss at a step.
-        steps: Fixed number of steps.
-        learning_rate: Highest rate.
-        bar: Advanced by one at each step.
-
-    Returns:
-        The loss of every step.
-    """
-    optimizer = torch.optim.AdamW(
-        model.parameters(), learning_rate, betas=(0.9, 0.95), weight_decay=0.0
-    )
-    warm_up = max(1, steps // 10)
-
-    def factor(step: int) -> float:
-        return min(1.0, (step + 1) / warm_up) * (0.525 + 0.475 * math.cos(math.pi * step / steps))
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    losses = []
-    for step in range(steps):
-        loss = loss_of_step(step)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        losses.append(float(loss.detach()))
-        bar.update(f"loss {losses[-1]:.3f}")
-    return losses
-
-
 def precision(device: torch.device) -> torch.autocast:
     """fp32 on the CPU; bf16 autocast on a GPU, whose kernels take 16-bit inputs."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 def _attention(config: ModelConfig, kind: str) -> nn.Module:
-    if kind == "dynamic":
+    if kind in ("dynamic", SHARED):
         return DynamicMaskAttention(
             config.width,
             config.heads,
             config.window - config.recent,
+            mode="shared" if kind == SHARED else "causal",
+            is_causal=True,
             keep_recent=config.recent,
             num_kv_heads=config.kv_heads,
             head_dim=config.head_dim,
@@ -219,10 +189,10 @@ def _attention(config: ModelConfig, kind: str) -> nn.Module:
 
 
 def _rotate(x: Tensor, position: Tensor) -> Tensor:
-    """Rotary embedding of ``[B, heads, S, D]``; dimensions ``d`` and ``d + D / 2`` are a pair."""
+    """Rotary embedding of ``[B, S, heads, D]``; dimensions ``d`` and ``d + D / 2`` are a pair."""
     half = x.shape[-1] // 2
     frequency = ROPE_THETA ** (-torch.arange(half, device=x.device) / half)
-    angle = position[:, None] * frequency
+    angle = position[:, None, None] * frequency
     first, second = x.float().split(half, dim=-1)
     cos, sin = angle.cos(), angle.sin()
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..bench.console import Progress, paragraph, table
 from ..selection import select_keys
-from .model import KINDS, ModelConfig, SmallModel, precision, train
+from .model import KINDS, ModelConfig, SmallModel, precision
+from .training import train
 
 PAIRS, SYMBOLS, NOISE = 8, 16, 64
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import sysconfig
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..bench.console import Progress, paragraph, table
-from .model import KINDS, ModelConfig, SmallModel, precision, train
+from .model import KINDS, ModelConfig, SmallModel, precision
+from .training import train
 
 CONFIG = ModelConfig(
     tokens=256,
@@ -57,7 +59,7 @@ QUICK = TextSettings(steps=4, batch=2, length=128, test_sequences=4)
 
 @dataclass(frozen=True)
 class Corpus:
-    """Bytes uint8 of the modules of the standard library; every tenth file is held out."""
+    """Bytes uint8 of Python source files; every tenth file is held out."""
 
     train: Tensor
     held_out: Tensor
@@ -65,8 +67,12 @@ class Corpus:
     digest: str
 
 
-def read_corpus() -> Corpus:
+def read_corpus(megabytes: float = 0.0) -> Corpus:
     """The top-level modules of this Python's standard library, in the order of their names.
+
+    Args:
+        megabytes: Read on through the library's packages, torch and transformers until there is
+            so much, or no more.
 
     Raises:
         RuntimeError: This Python comes without its sources.
@@ -75,12 +81,30 @@ def read_corpus() -> Corpus:
     # Generated at installation: differs from machine to machine.
     paths = [path for path in sorted(folder.glob("*.py")) if "sysconfigdata" not in path.name]
     contents = [path.read_bytes() for path in paths]
+    missing = megabytes * 1e6 - sum(map(len, contents))
+    for path in _package_sources(folder):
+        if missing <= 0:
+            break
+        contents.append(path.read_bytes())
+        missing -= len(contents[-1])
     held_out = b"".join(contents[9::10])
     kept = b"".join(content for index, content in enumerate(contents) if index % 10 != 9)
     if len(held_out) < 50_000:
         raise RuntimeError(f"the standard library in {folder} has no sources to train on")
     digest = hashlib.sha256(kept + held_out).hexdigest()
     return Corpus(_bytes(kept), _bytes(held_out), len(contents), digest)
+
+
+def _package_sources(library: Path) -> Iterator[Path]:
+    """Modules of the standard library's packages, then of larger ones that may be installed."""
+    installed = Path(sysconfig.get_paths()["purelib"])
+    for folder in (library, installed / "torch", installed / "transformers"):
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(folder).parts
+            if folder == library and (len(parts) == 1 or "site-packages" in parts):
+                continue
+            if not any("test" in part for part in parts):
+                yield path
 
 
 def _bytes(content: bytes) -> Tensor:
@@ -166,24 +190,31 @@ def _training_loss(
     model: SmallModel, text: Tensor, settings: TextSettings, generator: torch.Generator, _: int
 ) -> Tensor:
     places = torch.randint(len(text) - settings.length, (settings.batch,), generator=generator)
-    return _loss(model, text, places, settings.length)
+    return next_byte_losses(model, text, places, settings.length).mean()
 
 
-def _loss(model: SmallModel, text: Tensor, places: Tensor, length: int) -> Tensor:
-    """Mean nats per byte for predicting each next byte of the sequences that begin at `places`."""
-    device = model.device
-    sequences = text[places[:, None] + torch.arange(length + 1)].long().to(device)
-    with precision(device):
+def next_byte_losses(model: SmallModel, text: Tensor, places: Tensor, length: int) -> Tensor:
+    """Nats ``[sequences, length]`` for predicting each next byte of what begins at `places`.
+
+    Args:
+        model: On any device.
+        text: uint8 ``[bytes]``.
+        places: int64 ``[sequences]``, where `text` is.
+        length: Bytes that are predicted.
+    """
+    ahead = torch.arange(length + 1, device=places.device)
+    sequences = text[places[:, None] + ahead].long().to(model.device)
+    with precision(model.device):
         logits = model(sequences[:, :-1])
-    return F.cross_entropy(logits.float().flatten(0, 1), sequences[:, 1:].flatten())
+    return F.cross_entropy(logits.float().transpose(1, 2), sequences[:, 1:], reduction="none")
 
 
 @torch.no_grad()
 def _held_out_loss(model: SmallModel, text: Tensor, settings: TextSettings) -> float:
     places = torch.linspace(0, len(text) - settings.length - 1, settings.test_sequences).long()
     parts = places.split(settings.batch)
-    losses = [len(part) * float(_loss(model, text, part, settings.length)) for part in parts]
-    return sum(losses) / len(places)
+    losses = [next_byte_losses(model, text, part, settings.length) for part in parts]
+    return float(torch.cat(losses).mean())
 
 
 def _frequency_loss(corpus: Corpus) -> float:

@@ -1,0 +1,1 @@
+"""What reading W keys costs in quality: small models that differ in nothing but attention."""

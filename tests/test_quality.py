@@ -1,0 +1,243 @@
+"""The comparison of attentions in quality: its data, its fairness, its time, rows and figure."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from flash_sparse_attn.bench.console import Progress
+from flash_sparse_attn.bench.store import read_rows
+from flash_sparse_attn.demo.model import ModelConfig, SmallModel
+from flash_sparse_attn.demo.text import next_byte_losses, read_corpus
+from flash_sparse_attn.demo.training import Training
+from flash_sparse_attn.quality import cli, figure
+from flash_sparse_attn.quality.language import CONFIG, language_task
+from flash_sparse_attn.quality.recall import make_sequences, recall_task
+from flash_sparse_attn.quality.run import compare, curve, planned_steps, shortened
+from flash_sparse_attn.quality.tasks import ATTENTIONS
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+TINY = ModelConfig(
+    tokens=256, classes=256, width=16, layers=1, heads=2, kv_heads=1, head_dim=8, window=6, recent=2
+)
+
+
+def tiny_recall(**changes):
+    return replace(
+        recall_task(32, 16, pairs=4, window=8, train_samples=96, test_samples=8),
+        batch=8,
+        **changes,
+    )
+
+
+def never():
+    return time.perf_counter() + 1e9
+
+
+# Data
+
+
+@pytest.mark.parametrize("noise", ["values", "any"])
+def test_every_question_has_exactly_one_answer(noise):
+    torch.manual_seed(0)
+    length, pairs = 64, 9
+    tokens, values = make_sequences(20, length, pairs, noise, CPU)
+    assert tokens.shape == (20, length + pairs) and values.shape == (20, pairs)
+    assert tokens.min() >= 0 and tokens.max() <= length
+    for sequence, answers in zip(tokens.tolist(), values.tolist(), strict=True):
+        text, questions = sequence[:length], sequence[length:]
+        assert len(set(questions)) == pairs and max(questions) < length // 2
+        for question, answer in zip(questions, answers, strict=True):
+            assert text.count(question) == 1
+            assert text[text.index(question) + 1] == answer >= length // 2
+        others = sum(token < length // 2 for token in text) - pairs
+        assert others == 0 if noise == "values" else others > 5
+
+
+def test_pairs_can_fill_the_text():
+    torch.manual_seed(0)
+    tokens, _ = make_sequences(3, 16, 8, "any", CPU)
+    assert (tokens[:, :16:2] < 8).all() and (tokens[:, 1:16:2] >= 8).all()
+
+
+def test_the_sizes_asked_for():
+    tasks = {
+        (n, d): recall_task(n, d) for n in (1024, 2048, 4096, 8192) for d in (32, 64, 128, 256)
+    }
+    for (length, width), task in tasks.items():
+        config = task.config
+        assert (config.tokens, config.heads, config.head_dim) == (length + 1, 1, width)
+        assert (task.pairs, config.window, task.batch * length) == (512, 512, 65536)
+        assert (task.train_samples, task.test_samples) == (250_000, 1_000)
+    rates = [tasks[1024, width].learning_rate for width in (32, 64, 128, 256)]
+    assert rates == [4e-4, 3e-4, 2e-4, 1e-4]
+
+
+def test_a_step_reads_nothing_back():
+    """Fake tensors have no values: what looks at one raises."""
+    recall = tiny_recall()
+    text = torch.zeros(500, dtype=torch.uint8)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = SmallModel(recall.config, "full")
+        recall.loss(model).backward()
+        places = torch.randint(400, (3,))
+        next_byte_losses(SmallModel(TINY, "full"), text, places, 20).mean().backward()
+        with pytest.raises(Exception, match="local_scalar_dense"):
+            float(recall.loss(model).detach())
+
+
+# Models and training
+
+
+def test_the_sliding_window_is_that_of_plain_attention():
+    torch.manual_seed(0)
+    layer = SmallModel(TINY, "window").blocks[0].attention
+    hidden = torch.randn(2, 30, 16)
+    seen = []
+
+    def attend(query, key, value, **_):
+        age = torch.arange(30)[:, None] - torch.arange(30)
+        seen.append((age >= 0) & (age < TINY.window))
+        return original(query, key, value, attn_mask=seen[-1], enable_gqa=True)
+
+    out = layer(hidden)
+    original, layer.window = F.scaled_dot_product_attention, None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "scaled_dot_product_attention", attend)
+        expected = layer(hidden)
+    assert seen
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_shared_mask_is_causal_in_all_but_its_choice():
+    torch.manual_seed(0)
+    model = SmallModel(TINY, "shared")
+    layer = next(model.dynamic_layers())
+    assert (layer.attention["mode"], layer.attention["is_causal"]) == ("shared", True)
+    assert (layer.window_size, layer.attention["keep_recent"]) == (4, 2)
+    tokens = torch.randint(256, (1, 20))
+    changed = tokens.clone()
+    changed[:, 15] += 1
+    same = (model(tokens) == model(changed)).all(-1)[0]  # scores are equal: no choice yet
+    assert same[:15].all() and not same[15]
+
+
+def test_measuring_a_step_changes_nothing():
+    def losses(measured):
+        torch.manual_seed(0)
+        task = tiny_recall()
+        model = SmallModel(task.config, "dynamic")
+        training = Training(model, lambda _: task.loss(model))
+        if measured:
+            assert training.seconds_per_step(2) > 0
+        torch.manual_seed(1)
+        with Progress("train", 5) as bar:
+            return training.run(5, 1e-2, bar)
+
+    assert losses(True) == losses(False)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return list(compare(tiny_recall(), ATTENTIONS, 3, CPU, never(), None, {"commit": "abc"}))
+
+
+def test_all_attentions_have_the_same_steps_and_first_weights(rows):
+    assert [row["provider"] for row in rows] == list(ATTENTIONS)
+    assert {row["steps"] for row in rows} == {12} == {96 // 8}
+    assert rows[0]["parameters"] == rows[1]["parameters"] == rows[2]["parameters"] - 2 * 17
+    assert rows[2]["parameters"] == rows[3]["parameters"]
+    # Equal scores make a window of a causal mask, so that the first loss is the window's.
+    first = {row["provider"]: row["curve"][0][1] for row in rows}
+    assert first["window"] == pytest.approx(first["dynamic"], abs=1e-5)
+    assert first["full"] != pytest.approx(first["window"], abs=1e-5)
+    assert all(0 <= row["results"]["accuracy"] <= 1 for row in rows)
+
+
+def test_a_row_can_be_repeated(rows):
+    (again,) = compare(tiny_recall(), ["dynamic"], 3, CPU, never(), rows[2]["steps"], {})
+    assert (again["curve"], again["results"]) == (rows[2]["curve"], rows[2]["results"])
+
+
+def test_the_plan_keeps_to_its_time():
+    assert planned_steps(1000, 1e9, [1.0, 3.0], 10) == 1000
+    steps = planned_steps(1000, 100.0, [1.0, 3.0], 6)
+    assert 1 < steps < 1000 and 4 * (steps + 6 / 3) <= 100.0 < 4 * (steps + 4 + 6 / 3)
+    assert planned_steps(1000, -5.0, [1.0], 0) == 1
+
+
+def test_what_was_shortened_is_said():
+    late = time.perf_counter() - 1
+    (row,) = compare(tiny_recall(), ["full"], 0, CPU, late, None, {})
+    assert (row["steps"], row["train_samples"], row["wanted_train_samples"]) == (1, 8, 96)
+    (line,) = shortened([row])
+    assert "recall-values-32-d16, seed 0: shortened to 8 of 96 training samples" in line
+    assert shortened([{**row, "steps": 12, "train_samples": 96}]) == []
+
+
+def test_curves_are_means():
+    assert curve([4.0, 2.0]) == [(1, 4.0), (2, 2.0)]
+    points = curve([float(step) for step in range(250)])
+    assert len(points) <= 100 and points[0] == (3, 1.0) and points[-1] == (250, 249.0)
+
+
+def test_text_is_measured_in_bits():
+    task = language_task(read_corpus(), CPU, length=32, batch=2, config=TINY, test_samples=4)
+    uniform = SmallModel(TINY, "full")
+    torch.nn.init.zeros_(uniform.read_out.weight)
+    results = task.test(uniform)
+    assert results == pytest.approx({"bits_per_byte": 8.0, "late_bits_per_byte": 8.0}, abs=1e-4)
+    assert task.facts["corpus"]["sha256"] == read_corpus().digest
+    assert CONFIG.window < 4096 // 2  # so that the window misses something
+
+
+def test_more_text_begins_with_the_same_files():
+    small, large = read_corpus(), read_corpus(8.0)
+    assert large.files > small.files and len(large.train) + len(large.held_out) >= 8e6
+    count = 100_000
+    assert torch.equal(large.train[:count], small.train[:count])
+
+
+# The program
+
+
+def test_lengths_that_cannot_hold_the_pairs_are_refused(capsys):
+    assert cli.main(["recall", "--length", "1000", "--device", "cpu"]) == 2
+    assert "at least 1024, which 512 pairs take, got 1000" in capsys.readouterr().err
+
+
+def test_the_script_writes_rows_and_figures(tmp_path, capsys):
+    out = tmp_path / "rows.jsonl"
+    common = ["--quick", "--device", "cpu", "--out", str(out)]
+    paths = [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    command = [sys.executable, str(ROOT / "benchmarks" / "quality.py"), "recall", *common]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "Guessing a value is right in 3.03%" in done.stdout
+    found = read_rows(out)
+    assert found[0]["command"].startswith("python benchmarks/quality.py recall --quick")
+
+    assert cli.main(["text", "--steps", "2", "--seed", "0", "1", *common]) == 0
+    printed = capsys.readouterr().out
+    assert "Means over 2 seeds" in printed and "shortened to 4 of 8" in printed
+    found = read_rows(out)
+    assert [row["provider"] for row in found] == 3 * list(ATTENTIONS)
+    for row in found:
+        assert row["hardware"]["device"] == "cpu" and row["versions"] and row["commit"]
+    if importlib.util.find_spec("matplotlib"):
+        drawn = tmp_path / "figure.png"
+        assert cli.main(["plot", str(out), "--out", str(drawn)]) == 0
+        assert "12 trainings" in capsys.readouterr().out
+        assert drawn.read_bytes() == figure.draw(found, "png")
