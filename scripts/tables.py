@@ -280,6 +280,60 @@ def everything(words: Words) -> list[str]:
     return lines[:-1] or [words("no rows yet")]
 
 
+ATTENTIONS = {
+    "full": "full attention",
+    "window": "sliding window",
+    "dynamic": "dynamic mask, causal",
+    "shared": "dynamic mask, shared",
+}
+
+
+def quality_recall(words: Words) -> list[str]:
+    """The part of right answers for every length and width, by attention."""
+    return _quality("accuracy", "right answers", words)
+
+
+def quality_text(words: Words) -> list[str]:
+    """Bits per byte of held-out text, by attention."""
+    everywhere = _quality("bits_per_byte", "bits per byte", words)
+    late = _quality("late_bits_per_byte", "bits per byte, last quarter", words)
+    return everywhere if everywhere == late else [*late[: late.index("")], "", *everywhere]
+
+
+def _quality(result: str, title: str, words: Words) -> list[str]:
+    """One line for every case: the mean over seeds, and from the least to the largest."""
+    name = "quality.jsonl"
+    path = RESULTS / name
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    # The last row of every case, attention and seed.
+    found = {
+        (row["case"], row["provider"], row["seed"]): row
+        for row in map(json.loads, lines)
+        if result in row["results"]
+    }
+    if not found:
+        return [words("no rows yet")]
+    table = []
+    for case in dict.fromkeys(case for case, _, _ in found):
+        rows = [row for (of, _, _), row in found.items() if of == case]
+        samples = sorted({row["train_samples"] for row in rows})
+        cells = [case, " / ".join(f"{n:,}" for n in samples), str(len({r["seed"] for r in rows}))]
+        for kind in ATTENTIONS:
+            values = [row["results"][result] for row in rows if row["provider"] == kind]
+            cells.append(_over_seeds(values))
+        table.append(cells)
+    header = [title, "training samples", "seeds", *ATTENTIONS.values()]
+    used = source(name, found.values(), words)
+    return [*markdown(header, table), "", *_paragraphs(used)]
+
+
+def _over_seeds(values: list[float]) -> str:
+    if not values:
+        return ""
+    mean = f"{sum(values) / len(values):.3f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.3f} .. {max(values):.3f})"
+
+
 def _paragraphs(lines: Sequence[str]) -> list[str]:
     """Each line a paragraph of its own."""
     return [part for line in lines for part in (line, "")][:-1]
@@ -291,6 +345,8 @@ TABLES: dict[str, Callable[[Words], list[str]]] = {
     "cpu": on_cpu,
     "cpu-patterns": patterns_on_cpu,
     "everything": everything,
+    "quality-recall": quality_recall,
+    "quality-text": quality_text,
 }
 
 

@@ -168,6 +168,46 @@ def test_tables_of_known_rows(tmp_path, monkeypatch):
     assert tables.headline(tables.Words(Path("README_zh.md"))) == ["尚无数据"]
 
 
+def test_tables_of_quality(tmp_path, monkeypatch):
+    tables = load(ROOT / "scripts" / "tables.py")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    words = tables.Words(Path("docs/quality.md"))
+    assert tables.quality_recall(words) == tables.quality_text(words) == ["no rows yet"]
+
+    def row(case: str, kind: str, seed: int, **results: float) -> str:
+        facts = {
+            "case": case,
+            "provider": kind,
+            "seed": seed,
+            "results": results,
+            "train_samples": 1280,
+            "hardware": {"device": "cuda", "gpu": "G"},
+            "versions": {"torch": "2.0", "triton": "3.0"},
+            "commit": "abc",
+            "command": "run 1",
+            "time": "2026-01-01T00:00:00",
+        }
+        return json.dumps(facts)
+
+    rows = [
+        row("recall-1", "full", 0, accuracy=0.1),
+        row("recall-1", "full", 0, accuracy=0.5),
+        row("recall-1", "full", 1, accuracy=0.75),
+        row("recall-1", "dynamic", 0, accuracy=0.25),
+        row("text-1", "window", 0, bits_per_byte=1.5, late_bits_per_byte=1.25),
+    ]
+    (tmp_path / "quality.jsonl").write_text("\n".join(rows))
+    lines = tables.quality_recall(words)
+    assert lines[2] == "| recall-1 | 1,280 | 2 | 0.625 (0.500 .. 0.750) |  | 0.250 |  |"
+    assert "commit abc, 2026-01-01: `run 1`" in lines[4] and len(lines) == 5
+    lines = tables.quality_text(words)
+    assert [line for line in lines if line.startswith("| text-1")] == [
+        "| text-1 | 1,280 | 1 |  | 1.250 |  |  |",
+        "| text-1 | 1,280 | 1 |  | 1.500 |  |  |",
+    ]
+    assert sum("run 1" in line for line in lines) == 1
+
+
 def test_pictures_are_those_of_the_selections():
     pictures = load(ROOT / "docs" / "draw_pictures.py")
     assert pictures.outdated() == []

@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 
 from .. import info
-from ..bench.console import table, write_whole
+from ..bench.console import Progress, table, write_whole
 from ..bench.store import Row, append_rows, read_rows, run_facts
 from ..demo.text import read_corpus
 from . import figure
 from .language import CONFIG, language_task
 from .recall import BATCHES, NOISE, RATES, recall_task
-from .run import compare, shortened
+from .run import compare, compile_kernels, shortened
 from .tasks import ATTENTIONS, Task
 
 RESULTS = {
@@ -78,6 +78,11 @@ def _run(tasks: Sequence[Task], options: argparse.Namespace) -> int:
     begin = time.perf_counter()
     end = begin + 60 * options.minutes
     device, facts = torch.device(options.device), run_facts(options.device)
+    if device.type == "cuda":
+        with Progress("compile", len(tasks)) as bar:
+            for task in tasks:
+                compile_kernels(task, options.kind, device)
+                bar.update(task.name)
     jobs = list(itertools.product(tasks, options.seed))
     rows: list[Row] = []
     for number, (task, seed) in enumerate(jobs):

@@ -37,6 +37,12 @@ def planned_steps(
     return max(1, min(wanted, affordable))
 
 
+def compile_kernels(task: Task, kinds: Iterable[str], device: torch.device) -> None:
+    """Run every model once, so that compilation takes its time from no comparison in particular."""
+    for kind in kinds:
+        task.loss(SmallModel(task.config, kind).to(device)).backward()
+
+
 def compare(
     task: Task,
     kinds: Iterable[str],
