@@ -618,7 +618,9 @@ def test_what_looks_like_batch_heads_length_is_warned_about():
 
 
 @pytest.mark.parametrize("junk", [torch.nan, INF])
-@pytest.mark.parametrize("how", ["mask", "bias", "key_mask", "relu"])
+@pytest.mark.parametrize(
+    "how", ["mask", "bias", "key_mask", "relu", "selection and bias", "selection and pairs"]
+)
 def test_a_key_that_no_query_sees_may_hold_anything(how, junk):
     """Padding is often not initialised. Seen by one head or batch entry is not seen by another."""
     inputs = qkv(2, 100, 100, 4, 2, 4)
@@ -635,6 +637,11 @@ def test_a_key_that_no_query_sees_may_hold_anything(how, junk):
             return flash_sparse_attn_func(query, key, value, None, bias)
         if how == "key_mask":
             return dynamic_mask_attn_func(query, key, value, scores, 9, key_mask=~hidden[:, 0])
+        if how.startswith("selection"):
+            bias = scores.masked_fill(hidden, -INF)[:, :, None]
+            if how == "selection and pairs":
+                bias = bias.expand(2, 2, 100, 100).repeat_interleave(2, dim=1)
+            return flash_sparse_attn_func(query, key, value, select_keys(scores, 30), bias)
         selection = select_keys(scores.abs().masked_fill(hidden, -1.0), 1, mode="relu")
         return flash_sparse_attn_func(query, key, value, selection, is_causal=True)
 

@@ -86,6 +86,22 @@ SHAPES = [
 ]
 
 
+def poisoned(key, value, query, mask=None, bias=None, is_causal=True) -> list[Tensor]:
+    """Keys and values with NaN where no row sees them: they must not reach the output."""
+    batch, queries, heads, _ = query.shape
+    keys, kv_heads = key.shape[1:3]
+    visible = torch.ones(batch, heads, queries, keys, dtype=torch.bool)
+    if is_causal:
+        visible = visible.tril(keys - queries)
+    if isinstance(mask, KeySelection):
+        mask = mask.to_dense(queries, is_causal)
+    for part in (mask, None if bias is None else bias > -torch.inf):
+        if part is not None:
+            visible = visible & part.repeat_interleave(heads // part.shape[1], dim=1)
+    seen = visible.unflatten(1, (kv_heads, -1)).any(3).any(2).transpose(1, 2)
+    return [t.masked_fill(~seen[..., None], torch.nan) for t in (key, value)]
+
+
 def _shape(shape, queries):
     return tuple(queries if size == "Q" else size for size in shape)
 
@@ -99,10 +115,7 @@ def test_masks_and_biases(mask_shape, bias_shape, queries):
     bias = None if bias_shape is None else torch.randn(_shape(bias_shape, queries))
     if bias is not None:
         bias[..., ::7] = -torch.inf
-    if mask is not None and mask.shape[3] > 1:
-        # What nobody sees is not read.
-        unseen = ~mask.expand(2, -1, -1, -1).any(2).any(1)
-        key, value = (t.masked_fill(unseen[..., None, None], torch.nan) for t in (key, value))
+    key, value = poisoned(key, value, query, mask, bias)
     check(query, Keys(key, value), mask, bias, softcap=0.0 if bias_shape else 1.5)
 
 
@@ -268,6 +281,71 @@ def test_steps_of_a_window(kind, first, recent, padded):
         for name in STATE:
             assert torch.equal(mine[name], others[name]), (begin, name)
         begin += size
+
+
+@pytest.mark.parametrize("bias_shape", [(2, 2, 1, 150), (2, 4, "Q", 150)])
+@pytest.mark.parametrize("queries", [1, 4])
+@pytest.mark.parametrize("mode", ["causal", "relu"])
+def test_hidden_by_selection_and_bias_together(mode, queries, bias_shape):
+    """Keys that every row misses, some by the selection and some by the bias, may be NaN."""
+    query, key, value = inputs(queries=queries)
+    selection = select_keys(torch.randn(2, 2, 150), 40, mode=mode)
+    bias = torch.randn(_shape(bias_shape, queries))
+    bias.masked_fill_(torch.rand(bias.shape) < 0.5, -torch.inf)
+    key, value = poisoned(key, value, query, selection, bias)
+    assert 0 < key.isnan().float().mean() < 1
+    check(query, Keys(key, value), selection, bias)
+
+
+def test_hidden_keys_of_eight_bits_may_be_anything():
+    query, key, value = inputs(keys=48)
+    bias = torch.zeros(1, 1, 1, 48)
+    bias[..., ::3] = -torch.inf
+    plain = poisoned(key, value, query, bias=bias)
+    stored = [quantize(tensor) for tensor in plain]
+    cache = Keys(stored[0][0], stored[1][0], None, None, stored[0][1], stored[1][1])
+    assert cache.value_scale.isnan().any()
+    out, _ = attend(query, cache, None, None, bias, Call(0.3), True, SMALL)
+    for row in range(2):
+        wanted = truth(query, key, value, None, bias, row, 48, Call(0.3), True)
+        assert largest_error(out[row : row + 1], wanted[0]) < 0.1
+
+
+def test_what_left_the_window_may_be_anything():
+    """A key that is evicted in this step, and one of a text that was forgotten."""
+    window, length = 4, 12
+    query, key, value = inputs(1, length, length, 2, 1)
+    scores = torch.arange(length, dtype=torch.float32).expand(1, 1, -1).clone()
+    eager, ours = (WindowCache(1, 1, 16, window) for _ in range(2))
+    for cache in (eager, ours):
+        nan = torch.full((1, 2, 1, 16), torch.nan)
+        cache.prefill(nan, nan, torch.zeros(1, 1, 2))
+        cache.reset()
+        cache.prefill(key[:, :4], value[:, :4], scores[..., :4])
+        cache.key[:, :, :2] = torch.nan  # the next ones to be evicted
+        cache.value[:, :, :2] = torch.nan
+    rest = [t[:, 4:] for t in (query, key, value)]
+    out, _ = step(ours, *rest, scores[..., 4:])
+    parts = [
+        eager.step(*(t[:, i : i + 1] for t in rest), scores[..., 4 + i, None], softmax_scale=0.3)
+        for i in range(8)
+    ]
+    torch.testing.assert_close(out, torch.cat(parts, 1), atol=2e-5, rtol=0, equal_nan=True)
+    assert out[:, :1].isnan().all() and not out[:, 1:].isnan().any()
+
+
+def test_a_token_whose_score_hides_it_may_be_anything():
+    """It is stored while there is room, and seen by nobody."""
+    query, key, _ = inputs(1, 6, 6, 2, 1)
+    scores = torch.randn(1, 1, 6)
+    scores[..., [1, 4]], hidden = -torch.inf, key.clone()
+    hidden[:, [1, 4]] = torch.nan
+    eager, ours = (WindowCache(1, 1, 16, 8) for _ in range(2))
+    out, _ = step(ours, query, hidden, hidden, scores)
+    expected = truth(query, key, key, None, scores[:, :, None], 0, 6, Call(0.3), True)[0]
+    assert largest_error(out, expected, "out") < TOLERANCE
+    out = eager.step(query, hidden, hidden, scores, softmax_scale=0.3)
+    assert largest_error(out, expected, "out") < TOLERANCE
 
 
 def test_padding_may_hold_anything():

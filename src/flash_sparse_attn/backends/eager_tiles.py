@@ -93,7 +93,15 @@ class Walk:
 
     def _seen(self, tile: Tile) -> Tensor:
         """The slots that a query of the tile sees, ``[R or 1, E, P]``; others are not read."""
-        visible = self._visible(tile)
+        if (
+            isinstance(self.mask, KeySelection)
+            and self.bias is not None
+            and self.bias.shape[2] == 1
+        ):
+            # A query sees each of its slots in use, and all queries have the same bias.
+            visible = self._by_head(tile.used)[:, :, :, None, None]
+        else:
+            visible = self._visible(tile)
         if self.bias is not None:
             visible = visible & (self._spread(self.bias, tile) != -torch.inf)
         seen = visible.any(dim=4).any(dim=3)
@@ -135,7 +143,8 @@ class Walk:
             entering &= inside & (new > position[:, None])
             keys = torch.cat([old.clamp(min=0), new], dim=-1)
             used = torch.cat([old >= 0, entering], dim=-1)
-            yield Tile(begin, len(epochs), size, torch.where(used, keys, 0), used)
+            tile = Tile(begin, len(epochs), size, torch.where(used, keys, 0), used)
+            yield tile if self.bias is None else replace(tile, used=self._seen(tile))
 
     # Tensors cut to a tile
 

@@ -41,9 +41,10 @@ _INTS = (
 
 @triton.jit
 def _list_keys(
-    ptr_list, ptr_mask, ptr_start, ptr_expiry, i_split, i_tile, length, query_len, smg, smq, smn,
-    MASK: tl.constexpr, INTERVALS: tl.constexpr, IS_CAUSAL: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr, SPLITS: tl.constexpr, SCAN: tl.constexpr,
+    ptr_list, ptr_mask, ptr_bias, ptr_start, ptr_expiry, i_split, i_tile, length, query_len,
+    smg, smq, smn, sbg, sbq, sbn,
+    MASK: tl.constexpr, BIAS: tl.constexpr, INTERVALS: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, SPLITS: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
     """List the keys that any row of the tile sees, in order of position; returns their number."""
     first = i_tile * BLOCK_M
@@ -64,16 +65,32 @@ def _list_keys(
                 low, high = tl.maximum(low, 0), tl.maximum(high, 0)
             expiry = tl.load(ptr_expiry + key, mask=seen, other=0)
             seen = seen & (tl.maximum(start, low) <= tl.minimum(expiry - 1, high))
-        offs_key = key.to(tl.int64) * smn
+        offs_key = key.to(tl.int64)
         if MASK == "shared":
-            seen = seen & (tl.load(ptr_mask + offs_key, mask=seen, other=0) != 0)
-        elif MASK == "rows":
-            some = tl.zeros([SCAN], tl.uint8)
+            seen = seen & (tl.load(ptr_mask + offs_key * smn, mask=seen, other=0) != 0)
+        if BIAS == "shared":
+            bias = tl.load(ptr_bias + offs_key * sbn, mask=seen, other=0.0)
+            seen = seen & (bias != float("-inf"))
+        if MASK == "rows" or BIAS == "rows":
+            some = index < 0
             for row in range(first, last + 1):
-                ptrs = ptr_mask + offs_key + tl.cast(row // GROUP, tl.int64) * smq
-                ptrs += tl.cast(row % GROUP, tl.int64) * smg
-                some = some | tl.load(ptrs, mask=seen, other=0)
-            seen = seen & (some != 0)
+                i_query, i_group = tl.cast(row // GROUP, tl.int64), tl.cast(row % GROUP, tl.int64)
+                at = length - query_len + row // GROUP
+                sees = seen
+                if IS_CAUSAL:
+                    sees = sees & (key <= at)
+                else:
+                    at = tl.maximum(at, 0)
+                if INTERVALS:
+                    sees = sees & (start <= at) & (at < expiry)
+                if MASK == "rows":
+                    ptrs = ptr_mask + (i_query * smq + i_group * smg) + offs_key * smn
+                    sees = sees & (tl.load(ptrs, mask=sees, other=0) != 0)
+                if BIAS == "rows":
+                    ptrs = ptr_bias + (i_query * sbq + i_group * sbg) + offs_key * sbn
+                    sees = sees & (tl.load(ptrs, mask=sees, other=0.0) != float("-inf"))
+                some = some | sees
+            seen = some
         listed = seen.to(tl.int32)
         place = count + tl.cumsum(listed, 0) - listed
         tl.store(ptr_list + place, key, mask=seen)
@@ -121,6 +138,27 @@ def _halves(pairs, UNPACKS: tl.constexpr):
         first = (pairs & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
         second = ((pairs >> 8) & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
         return first, second
+
+
+@triton.jit
+def _cleared(rows, visible, UNPACKS: tl.constexpr):
+    """Zeros in rows where `visible` is False: they may hold anything, and 0 * NaN is NaN.
+
+    `UNPACKS`: rows of 16 bits, two numbers at a time.
+    """
+    if UNPACKS:
+        bits = tl.broadcast_to((-visible.to(tl.int16))[:, None], rows.shape)
+        bits = tl.inline_asm_elementwise(
+            "and.b32 $0, $1, $2;",
+            "=r,r,r",
+            [rows.to(tl.int16, bitcast=True), bits],
+            dtype=tl.int16,
+            is_pure=True,
+            pack=2,
+        )
+        return bits.to(rows.dtype, bitcast=True)
+    else:
+        return tl.where(visible[:, None], rows, tl.zeros_like(rows))
 
 
 @triton.jit
@@ -210,8 +248,9 @@ def split_kernel(
         ptr_list += i_program.to(tl.int64) * list_len
         begin = 0
         end = _list_keys(
-            ptr_list, ptr_mask, ptr_start, ptr_expiry, i_split, i_tile, length, query_len, smg, smq,
-            smn, MASK, INTERVALS, IS_CAUSAL, GROUP, BLOCK_M, SPLITS, SCAN,
+            ptr_list, ptr_mask, ptr_bias, ptr_start, ptr_expiry, i_split, i_tile, length, query_len,
+            smg, smq, smn, sbg, sbq, sbn, MASK, BIAS, INTERVALS, IS_CAUSAL, GROUP, BLOCK_M, SPLITS,
+            SCAN,
         )  # fmt: skip
     else:
         own = tl.cdiv(tl.cdiv(length, BLOCK_N), SPLITS) * BLOCK_N
@@ -258,14 +297,16 @@ def split_kernel(
             product *= tl.load(ptr_k_scale + offs, mask=inside, other=0.0)[None, :]
         scores, _tanh = scaled_scores(product, scale, softcap, HAS_SOFTCAP)
         offs_key = key.to(tl.int64)
-        sees = inside[None, :]
+        sees, visible = inside[None, :], inside  # to a row, and to any row
         if BIAS == "shared":
             bias = tl.load(ptr_bias + offs_key * sbn, mask=inside, other=0.0)
             scores += log2_bias(bias)[None, :]
+            visible = visible & (bias != float("-inf"))
         elif BIAS == "rows":
             offs_row = (i_query.to(tl.int64) * sbq + i_group.to(tl.int64) * sbg)[:, None]
             ptrs = ptr_bias + offs_row + (offs_key * sbn)[None, :]
-            scores += log2_bias(tl.load(ptrs, mask=mask_row[:, None] & sees, other=0.0))
+            bias = log2_bias(tl.load(ptrs, mask=mask_row[:, None] & sees, other=float("-inf")))
+            scores = tl.where(bias == float("-inf"), bias, scores + bias)
         if MASK == "rows":
             offs_row = (i_query.to(tl.int64) * smq + i_group.to(tl.int64) * smg)[:, None]
             ptrs = ptr_mask + offs_row + (offs_key * smn)[None, :]
@@ -289,15 +330,20 @@ def split_kernel(
             above, free, first_lost, last_lost = note_slots(
                 above, free, first_lost, last_lost, key, inside, rank, position, kept, threshold
             )
-            sees = sees & kept[None, :]
-        scores = tl.where(sees, scores, float("-inf"))
+            visible = visible & kept
+        scores = tl.where(sees & visible[None, :], scores, float("-inf"))
+        if BIAS == "rows" and not LISTS:
+            visible = tl.max(scores, 0) != float("-inf")
 
         probs, factor, peak, total = softmax_update(scores, peak, total)
         if SCALED:
             offs = _offsets(page, place, syb, syn, PAGE)
-            probs *= tl.load(ptr_v_scale + offs, mask=inside, other=0.0)[None, :]
+            v_scale = tl.load(ptr_v_scale + offs, mask=inside, other=0.0)
+            probs *= tl.where(visible, v_scale, 0.0)[None, :]
         offs = _offsets(page, place, svb, svn, PAGE)
         v = load_rows(ptr_v, offs, inside, COLUMNS, BLOCK, True)  # [N, D]
+        if BIAS != "none" and not LISTS:  # all that is listed is visible
+            v = _cleared(v, visible, UNPACKS)
         probs = probs.to(q.dtype)
         if PAIRS:
             v, v_odd = _halves(v, UNPACKS)
@@ -381,10 +427,11 @@ def combine_kernel(
         k, v = k.to(tl.float32), v.to(tl.float32)
         product = tl.sum(q * k, 0)
         scores, _tanh = scaled_scores(product, scale, softcap, HAS_SOFTCAP)
-        scores = tl.where(stored, scores + log2_bias(new_score), float("-inf"))
+        sees = stored & (new_score != float("-inf"))
+        scores = tl.where(sees, scores + log2_bias(new_score), float("-inf"))
         new_peak = tl.maximum(peak, scores)
         weight, factor = tl.exp2(scores - new_peak), tl.exp2(peak - new_peak)
-        acc = acc * factor + v * weight
+        acc = acc * factor + tl.where(sees, v, 0.0) * weight
         total = total * factor + weight
         peak = new_peak
         if row == 0:
