@@ -342,7 +342,9 @@ def split_kernel(
             probs *= tl.where(visible, v_scale, 0.0)[None, :]
         offs = _offsets(page, place, svb, svn, PAGE)
         v = load_rows(ptr_v, offs, inside, COLUMNS, BLOCK, True)  # [N, D]
-        if BIAS != "none" and not LISTS:  # all that is listed is visible
+        # All that is listed is visible. Wide rows of 8 bits stay: to clear them takes another copy
+        # of the block in shared memory, more than GPUs of capability 8.9 and 12.0 have.
+        if BIAS != "none" and not LISTS and not (PAIRS and BLOCK_D > 128):
             v = _cleared(v, visible, UNPACKS)
         probs = probs.to(q.dtype)
         if PAIRS:
