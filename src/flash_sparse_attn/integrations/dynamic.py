@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,9 @@ from ..selection import select_keys
 from .keywords import packed_texts
 from .masks import new_token_mask
 from .window_layer import WindowLayer
+
+if TYPE_CHECKING:
+    from ..distributed.ranks import Mesh
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class DynamicMaskLayer:
         A: Parameter ``[Hkv]``.
         v_proj, dt_proj: Linear layers ``hidden_size -> Hkv * D`` and ``Hkv * D -> Hkv``.
         layer_idx: Number of the layer in the model.
+        mesh: The ranks along which texts are cut, or ``None``.
         keep_selection: Whether somebody wants to look at `watched`.
         watched: The selection of the latest forward pass over a whole text.
     """
@@ -55,6 +59,7 @@ class DynamicMaskLayer:
     v_proj: nn.Module
     dt_proj: nn.Module
     layer_idx: int
+    mesh: Mesh | None = None
     keep_selection: bool = False
     watched: KeySelection | None = None
 
@@ -115,11 +120,22 @@ def attend(
         ``[B, S, H, D]``.
 
     Raises:
-        ValueError: The mask cannot be combined with a selection, or packed texts come with a cache.
+        ValueError: The mask cannot be combined with a selection, or a cache comes with packed texts
+            or a mesh.
     """
     if mask is None and (window is None or window.is_empty):
         mask = packed_texts(keywords)
     scores = key_scores(module, hidden_states, value)
+    if module.mesh is not None:
+        if window is not None:
+            raise ValueError(
+                "past_key_values: expected None with a mesh, got a cache: decoding needs no more "
+                "than the constant-size cache of one process; pass use_cache=False, and generate "
+                "with a model without mesh"
+            )
+        return _attend_along(
+            module, module.mesh, query, key, value, scores, mask, keywords, **options
+        )
     sizes = module.dynamic_mask
     keep: dict[str, Any] = {"keep_first": sizes.keep_first, "keep_recent": sizes.keep_recent}
     if mask is not None and mask.dim() == 1:
@@ -156,6 +172,46 @@ def attend(
     if window is not None:
         window.read(key, value, scores, key_mask)
     return flash_sparse_attn_func(query, key, value, selection, scores[:, :, None], **options)
+
+
+def _attend_along(
+    module: DynamicMaskLayer,
+    mesh: Mesh,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scores: Tensor,
+    mask: Tensor | None,
+    keywords: dict[str, Any],
+    **options: Any,
+) -> Tensor:
+    """`attend` of a rank's own stretch of texts that lie along a mesh."""
+    # Here, because there are builds of PyTorch without torch.distributed.
+    from ..distributed import context_parallel_attn_func, context_parallel_attn_varlen_func
+
+    sizes = module.dynamic_mask
+    options |= {"keep_first": sizes.keep_first, "keep_recent": sizes.keep_recent, "mesh": mesh}
+    if keywords.get("cu_seq_lens_q") is not None:
+        if len(query) != 1:
+            raise ValueError(
+                f"cu_seq_lens_q: expected one row of tokens with a mesh, got {len(query)}; rows of "
+                "a rank do not follow each other"
+            )
+        borders = packed_texts(keywords)
+        assert borders is not None
+        packed = (query[0], key[0], value[0], scores[0], borders)
+        return context_parallel_attn_varlen_func(*packed, sizes.window_size, **options)[None]
+    if mask is not None and mask.dim() == 1:
+        raise ValueError(
+            "position_ids: packed texts with a mesh need cu_seq_lens_q and cu_seq_lens_k, the "
+            "borders in the tokens of all ranks, got positions that begin anew"
+        )
+    # A rank without padding must take part as those with some, and cannot know of them.
+    real = new_token_mask(mask, query.shape[1], 0)
+    if real is None:
+        real = torch.ones(query.shape[:2], dtype=torch.bool, device=query.device)
+    arguments = (query, key, value, scores, sizes.window_size)
+    return context_parallel_attn_func(*arguments, key_mask=real, **options)
 
 
 def _watch(module: DynamicMaskLayer, selection: KeySelection) -> None:

@@ -30,6 +30,7 @@ _HARMLESS = {
     "position_ids",
     "return_dict",
     "seq_idx",
+    "shift_labels",
     "sliding_window",
     "special_tokens_mask",
     "token_type_ids",

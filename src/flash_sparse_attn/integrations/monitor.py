@@ -44,6 +44,11 @@ class SelectionMonitor(TrainerCallback):
         """Ask the layers to keep their next selection."""
         if state.global_step % self.every == 0:
             for layer in _layers(kwargs["model"]):
+                if layer.mesh is not None:
+                    raise ValueError(
+                        "SelectionMonitor: expected layers without mesh: no rank has the selection "
+                        "of a whole text; look at a model without mesh"
+                    )
                 layer.keep_selection = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -35,9 +35,13 @@ from .doge import Model
 from .dynamic import DynamicMaskLayer, attend
 from .keywords import attention_options, packed_texts
 from .masks import make_mask
+from .mesh import check_mesh, lay_along
 from .monitor import SelectionMonitor
 from .names import NAMES
 from .window_layer import WindowLayer
+
+if TYPE_CHECKING:
+    from ..distributed.ranks import Mesh
 
 __all__ = [
     "NAMES",
@@ -63,7 +67,7 @@ def register() -> None:
         AttentionMaskInterface.register(name, make_mask)
 
 
-def apply_to_doge(model: Model) -> Model:
+def apply_to_doge(model: Model, *, mesh: Mesh | None = None) -> Model:
     """Run a Doge model's attention exactly and in O(N W) time, in training and in `generate`.
 
     The same scores (``exp(A * softplus(dt_proj(v)))``), selection and softmax as Doge in ``eager``.
@@ -73,15 +77,18 @@ def apply_to_doge(model: Model) -> Model:
 
     Args:
         model: Any model with `DogeAttention` layers. It is changed in place.
+        mesh: As in `convert`.
 
     Returns:
         The same model.
 
     Raises:
         TypeError: No Doge layer in it.
-        ValueError: `config.sliding_window` is set.
+        ValueError: `config.sliding_window` is set, or the mesh does not fit.
     """
+    check_mesh(model, mesh)
     doge.replace_attention(model)
+    lay_along(model, mesh)
     register()
     model.set_attn_implementation(NAMES[0])
     return model
@@ -93,6 +100,7 @@ def convert(
     *,
     keep_recent: int = 0,
     keep_first: int = 0,
+    mesh: Mesh | None = None,
 ) -> Model:
     """Give a dense causal model dynamic masks, to continue its training sparsely.
 
@@ -108,6 +116,12 @@ def convert(
             None for layers that stay dense.
         keep_recent: Newest keys that a query sees besides.
         keep_first: First keys of a text that a query sees besides.
+        mesh: A `DeviceMesh` of one dimension or a `ProcessGroup`: texts are cut along its ranks,
+            rank 0 has the beginning, and every rank calls the model with its own tokens, as many as
+            the others. Positions are counted in the whole texts. Packed texts come with
+            `cu_seq_lens_q` and `cu_seq_lens_k` in the tokens of all ranks. Gradients of parameters
+            are those of the rank's tokens, to be added over the ranks. No layer may stay dense, and
+            there is no cache. See `distributed.context_parallel_attn_func`.
 
     Returns:
         The same model. `save_pretrained` saves it, `load_converted` loads it.
@@ -115,24 +129,35 @@ def convert(
     Raises:
         TypeError, ValueError: The model has no such layers, or an argument does not fit.
     """
+    sizes = [window_size] if isinstance(window_size, int) else list(window_size)
+    if mesh is not None and None in sizes:
+        raise ValueError(
+            f"window_size: expected a size for every layer with a mesh, got {sizes}: a dense layer "
+            "would see its own rank's keys only"
+        )
+    check_mesh(model, mesh)
     conversion.add_dynamic_masks(model, window_size, keep_recent, keep_first)
+    lay_along(model, mesh)
     register()
     model.set_attn_implementation(NAMES[0])
     return model
 
 
-def load_converted(path: str | Path, **options: Any) -> PreTrainedModel:
+def load_converted(
+    path: str | Path, *, mesh: Mesh | None = None, **options: Any
+) -> PreTrainedModel:
     """Load a model that `convert` changed and `save_pretrained` saved.
 
     Args:
         path: A folder or the name of a repository, with safetensors files.
+        mesh: As in `convert`.
         **options: Of `AutoModelForCausalLM.from_pretrained`.
 
     Raises:
         ValueError: It is no converted model.
     """
     model, settings = conversion.load_dense(path, **options)
-    convert(model, **settings)
+    convert(model, **settings, mesh=mesh)
     conversion.load_added(model, path)
     return model
 
