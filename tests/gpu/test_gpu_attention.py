@@ -144,19 +144,16 @@ def check(case: Case) -> None:
         return_lse=True,
         backend="triton",
     )
+    options = {"softmax_scale": case.scale, "softcap": case.softcap}
+    wide = None if bias is None else bias.double()
+    truth, lse, _ = attention_reference(
+        query.double(), key.double(), value.double(), mask, wide, **options
+    )
     if case.queries < 16:  # few queries without gradients are decoded
-        assert (again[0].float() - results["out"].float()).norm() <= 1e-2 * results["out"].norm()
+        plain, _, _ = attention_reference(query, key, value, mask, bias, **options)
+        assert_fair(again[0], truth, plain, "decoded out")
     else:
         assert torch.equal(again[0], results["out"])
-    _, lse, _ = attention_reference(
-        query.double(),
-        key.double(),
-        value.double(),
-        mask,
-        None if bias is None else bias.double(),
-        softmax_scale=case.scale,
-        softcap=case.softcap,
-    )
     size = max(1.0, float(lse[lse.isfinite()].abs().max())) if lse.isfinite().any() else 1.0
     assert largest_error(again[1], lse, "lse") <= 2e-5 * size
 

@@ -6,10 +6,9 @@ import random
 from dataclasses import replace
 from itertools import product
 
-import compare
 import pytest
 import torch
-from compare import largest_error
+from compare import assert_fair, largest_error
 from oracles import check_attention
 from torch import Tensor
 
@@ -72,13 +71,15 @@ def check(
     out, lse = flash_sparse_attn_func(
         query, key, value, mask, bias, None, is_causal, softcap, return_lse=True, backend="triton"
     )
+    options = {"is_causal": is_causal, "softcap": softcap}
+    exact = [t.double() for t in (query, key, value)]
+    wide = None if bias is None else bias.double()
+    truth_out, truth, _ = attention_reference(*exact, dense, wide, **options)
     if query.shape[1] < 16:  # few queries without gradients are decoded
-        assert (out.float() - results["out"].float()).norm() <= 1e-2 * results["out"].norm()
+        plain, _, _ = attention_reference(query, key, value, dense, bias, **options)
+        assert_fair(out, truth_out, plain, "decoded out")
     else:
         assert torch.equal(out, results["out"])
-    exact = [t.double() for t in (query, key, value)]
-    bias = None if bias is None else bias.double()
-    _, truth, _ = attention_reference(*exact, dense, bias, is_causal=is_causal, softcap=softcap)
     # Biases beyond 2.3e38 count as that, and so does the lse of rows that see only such.
     truth = torch.where(truth.isfinite(), truth.clamp(-2.3e38, 2.3e38), truth)
     size = max(1.0, float(truth[truth.isfinite()].abs().max())) if truth.isfinite().any() else 1.0
@@ -138,9 +139,6 @@ def test_random_cases(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """25 of 500 calls: shapes, strides, patterns, dtypes, masks and biases at random."""
     draw = random.Random(seed)
     torch.manual_seed(seed)
-    # The worst of 500 draws, some with a handful of keys, where one rounding of the output weighs
-    # as much as all of plain PyTorch's.
-    monkeypatch.setattr(compare, "FACTOR", 3.0)
     # Few numbers that a kernel is compiled for in one test: compiling takes all the time.
     heads, kv_heads = draw.choice([(1, 1), (2, 1), (4, 2), (3, 1), (8, 1)])
     dim, dtype = draw.choice([40, 64, 64, 128]), draw.choice([BF16, BF16, FP16])

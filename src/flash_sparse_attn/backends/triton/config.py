@@ -168,11 +168,12 @@ def role_config(architecture: str, head_dim: int) -> RoleConfig | None:
 
     It is written in Gluon, whose names and meanings are those of one version of Triton.
     """
-    return _ROLES.get((architecture, head_dim)) if _knows_triton() else None
+    return _ROLES.get((architecture, head_dim)) if knows_triton() else None
 
 
 @functools.cache
-def _knows_triton() -> bool:
+def knows_triton() -> bool:
+    """Whether the installed version of Triton is one of `KNOWN_TRITON`."""
     import triton  # here, so that sizes alone can be had without it
 
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])

@@ -12,17 +12,16 @@ import inspect
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
 
-from .config import KNOWN_TRITON
+from .config import knows_triton
 
 _MAX_RECORDINGS = 1024
 # A call that allocates more takes so long on the device that its host time does not matter; and a
@@ -88,11 +87,9 @@ def _record(
     return results
 
 
-@cache
 def _can_repeat() -> bool:
     """Whether the installed Triton starts compiled kernels in the way known here."""
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    return version in KNOWN_TRITON and torch.version.hip is None
+    return knows_triton() and torch.version.hip is None
 
 
 def _is_profiled() -> bool:
