@@ -2,8 +2,8 @@
 
     python scripts/test.py [--heavy | --lint-only | --gpu] [PYTEST ARGUMENT...]
 
-`--gpu` runs the tests of a GPU alone, in several processes side by side: most of their time goes
-into compiling kernels.
+`--gpu` runs the tests of a GPU alone, in several processes side by side where pytest-xdist is
+installed: most of their time goes into compiling kernels.
 
 Runs in the environment of scripts/env.py or any other that has pytest. A missing linter is reported
 and skipped: an offline machine with NO_VENV=1 need not have one.
@@ -16,7 +16,6 @@ import os
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,7 +26,7 @@ PLUGINS = {
     "pytest_timeout": ["pytest_timeout"],
     "_hypothesis_pytestplugin": ["_hypothesis_pytestplugin"],
 }
-GPU_PROCESSES = 10
+GPU_PROCESSES = 14
 TIMEOUT = {False: 300, True: 1800}  # seconds for one test, without and with the heavy ones
 
 
@@ -54,7 +53,7 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def run_pytest(heavy: bool, arguments: list[str]) -> bool:
+def run_pytest(heavy: bool, on_gpu: bool, arguments: list[str]) -> bool:
     """Run the tests and return whether they passed."""
     # Only the plugins these tests were written for: others may be installed beside a shared torch.
     environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
@@ -64,40 +63,24 @@ def run_pytest(heavy: bool, arguments: list[str]) -> bool:
             command += [part for name in names for part in ("-p", name)]
     if "pytest_timeout" in command:
         command += ["--timeout", str(TIMEOUT[heavy])]
-    if "xdist.plugin" in command and not has_gpu():
-        # Two processes are what 4 GiB hold; on a GPU one process has the device to itself.
-        command += ["-n", str(min(2, os.cpu_count() or 1)), "--dist", "worksteal"]
-    if not heavy:
-        command += ["-m", "not heavy"]
+    if "xdist.plugin" in command and (on_gpu or not has_gpu()):
+        # Two processes are what 4 GiB hold; whole runs on a GPU have the device to themselves.
+        processes = GPU_PROCESSES if on_gpu else min(2, os.cpu_count() or 1)
+        command += ["-n", str(processes), "--dist", "worksteal"]
+    chosen = ["gpu"] * on_gpu + ["not heavy"] * (not heavy)
+    if chosen:
+        command += ["-m", " and ".join(chosen)]
     command += arguments
     return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode == 0
-
-
-def run_gpu_tests(heavy: bool, arguments: list[str]) -> int:
-    """Run the tests marked gpu, every process its part of them; 0 if all passed."""
-    chosen = "gpu" if heavy else "gpu and not heavy"
-
-    def run(part: int) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "pytest", "-q", "-m", chosen, "--tb=short"]
-        command += ["--show-capture=no", f"--part={part}/{GPU_PROCESSES}", *arguments]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-
-    failed = False
-    with ThreadPoolExecutor(GPU_PROCESSES) as pool:
-        for part, done in enumerate(pool.map(run, range(GPU_PROCESSES))):
-            print(f"part {part}:\n{done.stdout}{done.stderr}", flush=True)
-            failed |= done.returncode not in (0, 5)  # 5: no test is left for this part
-    return int(failed)
 
 
 def main(arguments: list[str]) -> int:
     heavy = "--heavy" in arguments
     only_lint = "--lint-only" in arguments
     rest = [a for a in arguments if a not in ("--heavy", "--lint-only", "--gpu")]
-    if "--gpu" in arguments:
-        return run_gpu_tests(heavy, rest)
-    failed = lint()
-    if not only_lint and not run_pytest(heavy, rest):
+    on_gpu = "--gpu" in arguments
+    failed = [] if on_gpu else lint()
+    if not only_lint and not run_pytest(heavy, on_gpu, rest):
         failed.append("pytest")
     if failed:
         print(f"failed: {', '.join(failed)}", flush=True)

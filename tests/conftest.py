@@ -30,19 +30,8 @@ ALLOCATORS = (
 )
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--part", metavar="I/N", help="run every N-th of the chosen tests, from I")
-
-
-@pytest.hookimpl(trylast=True)  # when all others have chosen
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep the part of the tests that is asked for; skip tests marked gpu where there is none."""
-    if part := config.getoption("--part"):
-        first, number = (int(word) for word in part.split("/"))
-        config.hook.pytest_deselected(
-            items=[item for i, item in enumerate(items) if i % number != first]
-        )
-        items[:] = items[first::number]
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked gpu where there is none."""
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a CUDA device, and torch sees none")
         for item in items:
