@@ -98,6 +98,20 @@ def test_results_are_new_tensors(kernel):
     assert len({out.data_ptr() for out in outs}) == 3
 
 
+def test_parts_of_given_tensors_take_the_new_address(kernel):
+    def run(pair):
+        left, right = pair.unbind(0)
+        out = torch.empty(8)
+        launch(kernel, 1)(left, right, out, 8, SCALE=2.0)
+        return (out,)
+
+    for _ in range(3):
+        pair = torch.randn(2, 8)
+        (out,) = repeat("key", (pair.data_ptr(),), CPU, lambda pair=pair: run(pair))
+        torch.testing.assert_close(out, 2 * pair.sum(0))
+    assert (kernel.handled, kernel.compiled) == (1, 2)
+
+
 def test_descriptors_take_the_new_address(kernel):
     def wrap(tensor):
         return SimpleNamespace(base=tensor, shape=[8], strides=[1], padding="zero")

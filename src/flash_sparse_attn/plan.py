@@ -146,8 +146,8 @@ class Plan:
         some = next((part for part in parts if part is not None), None)
         if some is None:
             return []
-        none = some.new_empty(0, dtype=torch.int32)
-        return [none if part is None else part for part in parts]
+        # Not one for all: what an operator returns may not share memory.
+        return [some.new_empty(0, dtype=torch.int32) if p is None else p for p in parts]
 
     @cached_property
     def addresses(self) -> tuple[int, ...]:

@@ -206,7 +206,8 @@ def test_repeated_launches_equal_the_first_call(dim, monkeypatch):
         assert torch.equal(got, want)
         assert torch.equal(strided, want)
         assert torch.equal(shared, attend(query, key, key, scores, 100))
-    assert len(launching._recordings) == 2 and all(launching._recordings.values())
+    # With what backward needs and without, and with other strides.
+    assert len(launching._recordings) == 3 and all(launching._recordings.values())
 
 
 @pytest.mark.parametrize("dim", [64, 128])

@@ -21,7 +21,7 @@ def losses(kind, recorded, loss_of, rate):
     torch.manual_seed(0)
     model = SmallModel(TASK.config, kind).cuda()
     training = Training(model, lambda _: loss_of(model))
-    before = [parameter.clone() for parameter in model.parameters()]
+    before = [parameter.detach().clone() for parameter in model.parameters()]
     if recorded:
         training.record()
         assert training.seconds_per_step() > 0

@@ -34,18 +34,25 @@ def test_doge_against_eager(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("make_model", [lambda: fast(doge()), converted], ids=["doge", "converted"])
 def test_training_step_against_the_eager_backend(make_model, dtype):
-    """The same half-precision model on the CPU runs the same mathematics in plain PyTorch."""
+    """Models on the CPU run the same mathematics in plain PyTorch, in fp32 and under autocast."""
     reference = make_model().to(dtype).float()
-    model = copy.deepcopy(reference).cuda()
     text = tokens(2, 140)
-    reference(text, labels=text).loss.backward()
-    with torch.autocast("cuda", dtype):
-        model(text.cuda(), labels=text.cuda()).loss.backward()
-    wanted = dict(reference.named_parameters())
-    for name, parameter in model.named_parameters():
-        truth = wanted[name].grad
-        error = (parameter.grad.cpu() - truth).norm() / truth.norm().clamp(min=1e-6)
-        assert error < 0.1, (name, float(error))
+
+    def train(model, device, enabled):
+        with torch.autocast(device, dtype, enabled=enabled):
+            model(text.to(device), labels=text.to(device)).loss.backward()
+        return {name: one.grad.cpu().double() for name, one in model.named_parameters()}
+
+    plain, model = copy.deepcopy(reference), copy.deepcopy(reference).cuda()
+    truth = train(reference, "cpu", False)
+    expected, found = train(plain, "cpu", True), train(model, "cuda", True)
+
+    def worst(results):
+        errors = [(results[name] - grad).norm() / grad.norm() for name, grad in truth.items()]
+        return max(map(float, errors))
+
+    # A rounded score can choose another key, in whichever layer.
+    assert worst(found) <= 2 * worst(expected) + 2e-2
 
 
 @pytest.mark.parametrize("cache", [None, "static"])
@@ -58,17 +65,18 @@ def test_generation_with_a_cache_equals_without(make_model, cache):
     """With a static cache, Transformers compiles the steps and captures them in graphs."""
     model = make_model().cuda().bfloat16()
     text = tokens(2, 60).cuda()
-    options = {"max_new_tokens": 12, "do_sample": False, "output_logits": True}
-    options |= {"return_dict_in_generate": True}
-    plain = model.generate(text, use_cache=False, **options)
-    cached = model.generate(text, cache_implementation=cache, **options)
-    # Compared as long as both wrote the same: half precision may break a tie of two tokens.
-    for row in range(2):
-        same = (plain.sequences[row, 60:] == cached.sequences[row, 60:]).cumprod(0).sum()
-        for step in range(min(int(same) + 1, 12)):
-            expected, found = plain.logits[step][row].float(), cached.logits[step][row].float()
-            assert (found - expected).abs().max() < 0.1 * expected.abs().max()
-        assert same >= 4
+    written = model.generate(
+        text, max_new_tokens=12, do_sample=False, output_logits=True, return_dict_in_generate=True,
+        cache_implementation=cache,
+    )  # fmt: skip
+    with torch.no_grad():
+        expected = model(written.sequences[:, :-1], use_cache=False).logits[:, 59:].float()
+    found = torch.stack(written.logits, 1).float()
+    assert (found - expected).abs().max() < 0.1 * expected.abs().max()
+    # Of the tokens that lead clearly, all are the same.
+    best, second = expected.topk(2).values.unbind(-1)
+    clear = best - second > 0.1 * expected.abs().max()
+    assert torch.equal(found.argmax(-1)[clear], expected.argmax(-1)[clear]) and clear.any()
 
 
 def test_no_token_sees_the_future():

@@ -28,7 +28,7 @@ _MAX_RECORDINGS = 1024
 # recorded call has all its memory at once, where an ordinary one reuses what it is done with.
 _MAX_BYTES = 512 << 20
 _ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty"}
-_VIEWS = {"alias", "detach", "select", "slice", "unsqueeze", "view"}
+_VIEWS = {"alias", "detach", "select", "slice", "unbind", "unsqueeze", "view"}
 _ALIGN = 256  # bytes: what the allocator of PyTorch gives, and more than any access needs
 
 
@@ -288,7 +288,7 @@ class _Recorder(TorchDispatchMode):
                 if number is None and address:
                     storage = tensor.untyped_storage()
                     base = storage.data_ptr()
-                    if base not in self._fresh:
+                    if base not in numbers and base not in self._fresh:
                         return None  # neither given nor allocated during the call
                     if base not in numbers:
                         numbers[base] = len(self._given) + len(results) + len(scratch)
