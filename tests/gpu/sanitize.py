@@ -15,11 +15,15 @@ from typing import Any
 import torch
 
 from flash_sparse_attn import (
+    WindowCache,
+    append_kvcache,
     dynamic_mask_attn_func,
     dynamic_mask_attn_varlen_func,
     flash_sparse_attn_func,
+    flash_sparse_attn_with_kvcache_func,
     select_keys,
 )
+from flash_sparse_attn.backends.triton import masks as mask_plans
 
 DTYPE = torch.bfloat16
 
@@ -61,6 +65,58 @@ def biases() -> None:
             step(flash_sparse_attn_func, *tensors, selection, bias, softcap=softcap)
 
 
+def masks() -> None:
+    """Bool masks, planned and read by the kernels themselves."""
+    queries, keys, heads, kv_heads = 70, 133, 6, 2
+    tensors = [
+        draw(2, queries, heads, 64),
+        draw(2, keys, kv_heads, 64),
+        draw(2, keys, kv_heads, 64),
+    ]
+    for mask_plans.DIRECT_KEYS in (0, 1 << 30):
+        for shape in itertools.product((1, 2), (1, kv_heads, heads), (1, queries), (1, keys)):
+            mask = torch.rand(shape, device="cuda") > 0.4
+            step(flash_sparse_attn_func, *tensors, mask)
+        bias = draw(1, heads, queries, keys)
+        step(flash_sparse_attn_func, *tensors, mask, bias, is_causal=True)
+
+
+def windows() -> None:
+    """Prompts in pieces, single and several tokens, more than the window holds."""
+    for dtype in (DTYPE, torch.float8_e4m3fn):
+        cache = WindowCache(3, 2, 64, 37, keep_first=1, keep_recent=2, dtype=dtype, device="cuda")
+        for length in (50, 1, 1, 5, 90, 1):
+            tensors = [draw(3, length, heads, 64).detach() for heads in (8, 2, 2)]
+            scores = torch.randn(3, 2, length, device="cuda")
+            real = torch.rand(3, length, device="cuda") > 0.3
+            cache.step(*tensors, scores, key_mask=real)
+        cache.reorder(torch.tensor([2, 0, 0], device="cuda"))
+
+
+def full_caches() -> None:
+    """Sequences and pages, with pages and slots that do not exist."""
+    lengths = torch.tensor([70, 3, 127], dtype=torch.int32, device="cuda")
+    for queries, page_size in itertools.product((1, 3), (0, 16, 64)):
+        query = draw(3, queries, 8, 64).detach()
+        shape = (3 * 128 // page_size, page_size, 2, 64) if page_size else (3, 128, 2, 64)
+        cache = [draw(*shape).detach() for _ in range(2)]
+        table = None
+        if page_size:
+            pages = shape[0]
+            table = torch.randperm(pages, device="cuda").int().view(3, -1)
+            table[1, 1:] = 10**9
+            table[0, -1] = -1
+            new = [draw(5, 2, 64).detach() for _ in range(2)]
+            slots = torch.tensor([0, -1, pages * page_size - 1, 7, 10**7], device="cuda")
+            append_kvcache(*new, *cache, slots)
+        for mask in (None, torch.rand(3, 1, 1, 128, device="cuda") > 0.3):
+            bias = torch.randn(1, 8, 1, 128, device="cuda")
+            with torch.no_grad():
+                flash_sparse_attn_with_kvcache_func(
+                    query, *cache, mask, bias, cache_seqlens=lengths, block_table=table
+                )
+
+
 def packed() -> None:
     borders = torch.tensor([0, 0, 33, 34, 300], dtype=torch.int32, device="cuda")
     tensors = draw(300, 4, 64), draw(300, 2, 64), draw(300, 2, 64)
@@ -77,7 +133,7 @@ def long_selection() -> None:
 
 
 if __name__ == "__main__":
-    for part in (selections, biases, packed, long_selection):
+    for part in (windows, full_caches, masks, selections, biases, packed, long_selection):
         part()
         torch.cuda.synchronize()
         print(f"{part.__name__}: done", flush=True)
