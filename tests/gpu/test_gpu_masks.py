@@ -302,11 +302,15 @@ def test_packed(with_mask: bool) -> None:
             *leaves[:3], *borders, max(lengths_q), max(lengths_k), is_causal=True, attn_mask=mask,
             attn_bias=bias, return_lse=True, backend=backend,
         )  # fmt: skip
-        return [out, lse, *torch.autograd.grad(out, leaves, 0.1 * torch.ones_like(out))]
+        grads = torch.autograd.grad(out, leaves, 0.1 * torch.ones_like(out))
+        return [out.detach(), lse.detach(), *grads]
 
     for result, truth in zip(run("triton"), run("eager"), strict=True):
-        assert largest_error(result, truth.double()) < 2e-2 * max(1.0, float(truth.abs().max()))
-        assert (result.float() - truth.float()).norm() <= 1e-2 * truth.float().norm()
+        finite = truth.isfinite()  # the lse of a query without keys is not
+        result, truth = result.float(), truth.float()
+        largest = float(truth[finite].abs().max())
+        assert largest_error(result, truth.double()) < 2e-2 * max(1.0, largest)
+        assert (result - truth)[finite].norm() <= 1e-2 * truth[finite].norm()
 
 
 @pytest.mark.parametrize("is_causal", [False, True])

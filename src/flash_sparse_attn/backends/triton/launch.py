@@ -9,6 +9,7 @@ then on.
 from __future__ import annotations
 
 import inspect
+import logging
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
 
 from .config import knows_triton
+
+_log = logging.getLogger(__name__)
 
 _MAX_RECORDINGS = 1024
 # A call that allocates more takes so long on the device that its host time does not matter; and a
@@ -228,23 +231,26 @@ class _Recorder(TorchDispatchMode):
         self._fresh: dict[int, Tensor] = {}  # by the address of their storage, kept alive
         self._fresh_bytes = 0
         self._launches: list[tuple[Any, int, list[Any]]] = []
+        # Why the call cannot be repeated, if it cannot.
+        self._obstacle = ""
         given = [address for address in addresses if address]
-        # Two tensors at one address could not be told apart.
-        self._is_repeatable = len(set(given)) == len(given)
+        if len(set(given)) < len(given):
+            self._obstacle = "two tensors at one address cannot be told apart"
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         result = function(*args, **(kwargs or {}))
         name = function._opname
-        if name in _ALLOCATIONS and self._is_repeatable:
+        if name in _ALLOCATIONS and not self._obstacle:
             storage = result.untyped_storage()
             self._fresh[storage.data_ptr()] = result
             self._fresh_bytes += storage.nbytes()
+            if self._fresh_bytes > _MAX_BYTES:
+                self._obstacle = f"it allocates more than {_MAX_BYTES} bytes"
         elif name not in _VIEWS and name not in _ALLOCATIONS:
-            self._is_repeatable = False
-        if not self._is_repeatable or self._fresh_bytes > _MAX_BYTES:
-            self._is_repeatable = False
+            self._obstacle = f"it runs the operator {name}"
+        if self._obstacle:
             self._fresh.clear()
             self._launches.clear()
         return result
@@ -252,15 +258,19 @@ class _Recorder(TorchDispatchMode):
     def launch(self, kernel: Any, num_programs: int, *args: Any, **constants: Any) -> None:
         """Start a kernel and note it."""
         compiled = kernel[(num_programs,)](*args, **constants)
-        if not self._is_repeatable:
+        if self._obstacle:
             return
         rest = (constants[name] for name in kernel.arg_names[len(args) :])
         self._launches.append((compiled, num_programs, [*args, *rest]))
 
     def recording(self, results: Sequence[Any]) -> _Recording | None:
         """What was noted, or ``None`` if it cannot be repeated."""
-        if not self._is_repeatable:
-            return None
+        recording = None if self._obstacle else self._recording(results)
+        if recording is None:
+            _log.debug("a call is not repeated: %s", self._obstacle)
+        return recording
+
+    def _recording(self, results: Sequence[Any]) -> _Recording | None:
         result_facts = [
             None if one is None else (tuple(one.shape), one.stride(), one.dtype) for one in results
         ]
@@ -275,6 +285,7 @@ class _Recorder(TorchDispatchMode):
         launches = []
         for compiled, num_programs, values in self._launches:
             if compiled.run.global_scratch_size or compiled.run.profile_scratch_size:
+                self._obstacle = "a kernel needs scratch memory of Triton"
                 return None
             noted, encodings = _Launch.of(compiled, num_programs)
             for value in values:
@@ -289,7 +300,8 @@ class _Recorder(TorchDispatchMode):
                     storage = tensor.untyped_storage()
                     base = storage.data_ptr()
                     if base not in numbers and base not in self._fresh:
-                        return None  # neither given nor allocated during the call
+                        self._obstacle = f"argument {place} is neither given nor allocated by it"
+                        return None
                     if base not in numbers:
                         numbers[base] = len(self._given) + len(results) + len(scratch)
                         scratch.append(total)
