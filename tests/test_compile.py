@@ -57,6 +57,7 @@ class Compiled:
     tensor_columns: int
     layouts: str
     stack: int
+    registers: int
     serialized: bool
     code: str
 
@@ -127,11 +128,16 @@ def machine_code(binary: Any, arch: int) -> tuple[str, str]:
     return dump.stdout, notes.stdout + notes.stderr
 
 
+def number(pattern: str, notes: str) -> int:
+    """The number that ptxas reports."""
+    found = re.search(pattern, notes)
+    assert found, notes
+    return int(found.group(1))
+
+
 def stack_frame(notes: str) -> int:
-    """Bytes of stack that ptxas reports."""
-    stack = re.search(r"(\d+) bytes stack frame", notes)
-    assert stack, notes
-    return int(stack.group(1))
+    """Bytes of stack."""
+    return number(r"(\d+) bytes stack frame", notes)
 
 
 def _tiles(row: str, head_dim: int, name: str, slots: str) -> config.TileConfig:
@@ -159,14 +165,15 @@ def compiled(target: str, head_dim: int, name: str, slots: str = "copied") -> Co
     kernel = KERNELS[name]
     source = ASTSource(kernel, *signature(kernel, constants))
     gpu = GPUTarget("hip", arch, 64) if target == "gfx942" else GPUTarget("cuda", arch, 32)
-    binary = triton.compile(source, target=gpu, options={"num_warps": tiles.num_warps})
+    binary = triton.compile(source, target=gpu, options=tiles.options)
     columns = getattr(binary.metadata, "tmem_size", 0) or 0
     layouts = binary.asm["ttgir"]
     if target == "gfx942":
-        return Compiled(binary.metadata.shared, columns, layouts, 0, False, "")
+        return Compiled(binary.metadata.shared, columns, layouts, 0, 0, False, "")
     code, notes = machine_code(binary, arch)
-    serialized = "serialized" in notes
-    return Compiled(binary.metadata.shared, columns, layouts, stack_frame(notes), serialized, code)
+    registers, serialized = number(r"Used (\d+) registers", notes), "serialized" in notes
+    facts = (stack_frame(notes), registers, serialized, code)
+    return Compiled(binary.metadata.shared, columns, layouts, *facts)
 
 
 def check(target: str, head_dim: int, name: str, slots: str = "copied") -> None:
@@ -196,6 +203,24 @@ def check(target: str, head_dim: int, name: str, slots: str = "copied") -> None:
 def test_hopper(head_dim: int, name: str) -> None:
     """The kernels of the measured machine: wgmma, not one waiting for the other, hardly a spill."""
     check("sm_90", head_dim, name)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "name", "programs"),
+    [
+        (64, "forward", 4),
+        (64, "grad_query", 3),
+        (64, "grad_key", 2),
+        (128, "forward", 2),
+        (128, "grad_query", 2),
+        (128, "grad_key", 2),
+    ],
+)
+def test_programs_on_a_multiprocessor(head_dim: int, name: str, programs: int) -> None:
+    """As many as when the sizes of tiles were chosen: registers and shared memory allow them."""
+    kernel, tiles = compiled("sm_90", head_dim, name), _tiles("sm_90", head_dim, name, "copied")
+    registers = -(-kernel.registers // 8) * 8 * 32 * tiles.num_warps
+    assert min(65_536 // registers, 233_472 // (kernel.shared + 1024)) == programs
 
 
 @pytest.mark.parametrize("slots", ("gathered", "keys"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -42,6 +43,8 @@ class TileConfig:
         num_warps: Warps of a program.
         num_stages: Loads in flight.
         uses_tma: Whether blocks are loaded through tensor descriptors.
+        max_registers: Registers of a thread at most, so that one more program fits a
+            multiprocessor; ``None`` leaves it to the compiler.
     """
 
     block_m: int
@@ -49,6 +52,14 @@ class TileConfig:
     num_warps: int
     num_stages: int
     uses_tma: bool = False
+    max_registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What the compiler is told."""
+        options = {"num_warps": self.num_warps}
+        # Not every target knows the other.
+        return options | ({"maxnreg": self.max_registers} if self.max_registers else {})
 
 
 @dataclass(frozen=True)
@@ -94,7 +105,7 @@ class Tiles:
         return self.gathered if self.gathered and slots == "gathered" else self.forward
 
 
-def _tiles(*sizes: tuple[int, int, int, int, bool]) -> Tiles:
+def _tiles(*sizes: tuple[Any, ...]) -> Tiles:
     return Tiles(*(TileConfig(*size) for size in sizes))
 
 
@@ -106,10 +117,11 @@ _TMA, _POINTERS = True, False
 # warps spill.
 _TABLE = {
     # (B, H, Hkv, N, W) = (1, 2, 1, 32768, 1024): 0.073, 0.080, 0.155. No other forward was faster:
-    # 128 rows 0.080, 128 slots 0.079, descriptors 0.082.
+    # 128 rows 0.080, 128 slots 0.079, descriptors 0.082. Four programs on a multiprocessor and not
+    # three, which with 163 registers gave 0.085; backward three and not two.
     ("sm_90", 64): _tiles(
-        (64, 64, 4, 2, _POINTERS),
-        (64, 64, 4, 3, _TMA),
+        (64, 64, 4, 2, _POINTERS, 128),
+        (64, 64, 4, 3, _TMA, 168),
         (128, 64, 4, 2, _TMA),
         (128, 64, 4, 3, _POINTERS),
     ),

@@ -347,6 +347,6 @@ def forward(
             BLOCK_N=config.block_n, STAGES=config.num_stages, **plan_flags(plan),
             WORDS=words_of_tile(config.block_m, group), **call.flags, HAS_NORM=with_norm,
             PACKED=plan.epochs is not None, ALIGNED=is_aligned(query),
-            ALIGNED_KV=is_aligned(key, value), TMA=uses_tma, num_warps=config.num_warps,
+            ALIGNED_KV=is_aligned(key, value), TMA=uses_tma, **config.options,
         )  # fmt: skip
     return out, lse, norm

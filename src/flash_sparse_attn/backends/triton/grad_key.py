@@ -430,7 +430,7 @@ def run_grad_key(
             PACKED=plan.epochs is not None, ALIGNED=is_aligned(query),
             ALIGNED_KV=is_aligned(key, value), GRAD_ALIGNED=is_aligned(saved.grad_out),
             TMA_Q=tiles_q is not None, TMA_GRAD=tiles_grad is not None,
-            num_warps=config.num_warps,
+            **config.options,
         )  # fmt: skip
         launch(reduce_kernel, len(now) * key_blocks)(
             part_key, part_value, part_bias, plan.use_end, plan.use_slot, grad_key, grad_value,

@@ -389,5 +389,5 @@ def run_grad_query(
             WORDS=words_of_tile(config.block_m, group), **call.flags, PAIR_GRAD=pair_grad,
             NEEDS_QUERY=grad_query is not None, PACKED=plan.epochs is not None,
             ALIGNED=is_aligned(query), ALIGNED_KV=is_aligned(key, value),
-            GRAD_ALIGNED=is_aligned(saved.grad_out), TMA=uses_tma, num_warps=config.num_warps,
+            GRAD_ALIGNED=is_aligned(saved.grad_out), TMA=uses_tma, **config.options,
         )  # fmt: skip
