@@ -356,6 +356,22 @@ def test_rolling_back_the_latest_pass(count, first):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("change", [0, 1])
+def test_a_mask_that_changes_what_was_read_is_refused(change):
+    """A key that is in the window, or was, cannot be hidden later; nor padding shown."""
+    model, text = fast(doge()), tokens(2, 31)
+    mask = padding("left", 2, 31).long()
+    cache = transformers.DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(text[:, :30], attention_mask=mask[:, :30], past_key_values=cache)
+        wrong = mask.clone()
+        wrong[:, int(mask.sum(1).min()) if change == 0 else 0] = change
+        assert not torch.equal(wrong, mask)
+        with pytest.raises(ValueError, match="as when they were read"):
+            model(text[:, 30:], attention_mask=wrong, past_key_values=cache)
+        model(text[:, 30:], attention_mask=mask, past_key_values=cache)
+
+
 def test_a_cache_does_not_hold_the_text_it_read():
     model = fast(doge())
     cache = model(tokens(1, 290), use_cache=True).past_key_values

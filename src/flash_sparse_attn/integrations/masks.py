@@ -184,6 +184,10 @@ def _new_columns(attention_mask: Tensor | None, offset: Tensor, length: int) -> 
     """The columns of the newest tokens. A mask of exactly that many is one this gave before."""
     if attention_mask is None or attention_mask.shape[1] == length:
         return attention_mask
+    if not torch.compiler.is_compiling():
+        layer = getattr(offset, "layer", lambda: None)()
+        if layer is not None and layer.cumulative_length is offset:  # not of a copy of the cache
+            layer.check_mask(attention_mask)
     column = (torch.arange(length, device=offset.device) + offset)[None]
     known = column < attention_mask.shape[1]
     column = column.clamp(max=attention_mask.shape[1] - 1).expand(len(attention_mask), -1)

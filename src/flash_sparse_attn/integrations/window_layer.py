@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
 
+from ..checks import looks_at_values
 from ..window_cache import WindowCache
 
 
@@ -98,6 +100,8 @@ class WindowLayer(CacheLayerMixin):
             device=value_states.device,
         )
         self.cumulative_length = self.cumulative_length.to(value_states.device)
+        # What a mask function is given of a cache is this tensor alone.
+        self.cumulative_length.layer = weakref.ref(self)  # type: ignore[attr-defined]
         if not torch.compiler.is_compiling():
             # Compiled steps change these in place, which CUDA graphs take only at fixed addresses.
             state = [x for x in vars(self.window).values() if isinstance(x, Tensor)]
@@ -142,6 +146,28 @@ class WindowLayer(CacheLayerMixin):
             tokens = _Tokens(key.detach(), value.detach(), scores.detach(), key_mask)
             self._undo = _Undo(self.window.state_dict(), tokens)
         return self.window.step(query, key, value, scores, key_mask=key_mask, **options)
+
+    def check_mask(self, attention_mask: Tensor) -> None:
+        """Keys that were read are hidden by nothing later, and padding stays padding.
+
+        Args:
+            attention_mask: Bool ``[B, tokens]`` of all tokens, those before the new ones first.
+
+        Raises:
+            ValueError: It says otherwise. Looked at on CPUs, and with FLASH_SPARSE_ATTN_CHECK=1.
+        """
+        if self.window is None or not looks_at_values(attention_mask):
+            return
+        length = int(self.cumulative_length)
+        real = attention_mask[:, :length].sum(1)
+        if attention_mask.shape[1] < length or len(real) != len(self.window.seen_tokens):
+            return
+        if bool((real != self.window.seen_tokens.to(real.device)).any()):
+            raise ValueError(
+                f"attention_mask: expected {self.window.seen_tokens.tolist()} real tokens among "
+                f"the first {length} of each row, as when they were read, got {real.tolist()}; a "
+                "window cannot hide a key any more, start with an empty cache"
+            )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, Any]:
         """Masks are for the new tokens: survivors are real tokens of the past, all of them."""
