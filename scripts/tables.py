@@ -5,7 +5,8 @@
 
 A table stands between a line ``<!-- rows: NAME -->`` and the next ``<!-- end of rows -->``, and
 says below itself which machine, versions, commit and command its rows have. The last row of every
-case and provider counts; ratios are made within one run only.
+case and provider counts; ratios are made within one run only. What was measured with other kernels
+than those of the present sources is marked.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
+from flash_sparse_attn.bench.digest import is_stale
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
@@ -43,6 +47,9 @@ CHINESE = {
     "commit": "提交",
     "times": "倍",
 }
+STALE = "†"
+WHY_STALE = "of a run with other kernels than the present ones, or that does not name its kernels"
+CHINESE[WHY_STALE] = "所属运行的内核与当前源码不同，或未注明内核"
 NAMES = {
     "ours": "ours",
     "sdpa-causal": "dense causal SDPA",
@@ -110,8 +117,18 @@ def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]
     return ["| " + " | ".join(cells) + " |" for cells in rows]
 
 
+def marked(text: str, row: Row | None) -> str:
+    """The text of a cell, with a sign if the kernels have changed since."""
+    return f"{text} {STALE}" if text and row is not None and is_stale(row) else text
+
+
 def source(name: str, rows: Iterable[Row], words: Words) -> list[str]:
-    """Where rows come from: one line for every run."""
+    """Where rows come from: one line for every run, and one that explains the sign of old ones."""
+    rows = list(rows)
+    why = words(
+        "of a run with other kernels than the present ones, or that does not name its kernels"
+    )
+    note = [f"{STALE} {why}"] if any(map(is_stale, rows)) else []
     runs: dict[tuple[str, ...], None] = {}
     for row in rows:
         hardware, versions = row["hardware"], row["versions"]
@@ -120,7 +137,7 @@ def source(name: str, rows: Iterable[Row], words: Words) -> list[str]:
         if hardware["device"] == "cuda":
             used += f", Triton {versions['triton']}"
         runs[machine, used, row["commit"], row["time"][:10], row["command"]] = None
-    return [
+    return note + [
         f"{words('Rows')}: `results/{name}`; {machine}, {used}, {words('commit')} {commit}, {day}: "
         f"`{command}`"
         for machine, used, commit, day, command in runs
@@ -197,8 +214,10 @@ def _beside(name: str, cases: list[dict[str, Row]], words: Words, named: bool = 
         ours = found["ours"]
         seconds = ours["seconds"]
         cells = [*_shape(ours), *(duration(seconds.get(part)) for part in parts)]
-        cells += [duration(seconds["total"])]
-        cells += [_against(ours, found.get(other), words) for other in others]
+        cells += [marked(duration(seconds["total"]), ours)]
+        cells += [
+            marked(_against(ours, found.get(other), words), found.get(other)) for other in others
+        ]
         lines.append([ours["case"], *cells] if named else cells)
     used = [row for found in cases for row in found.values() if row["provider"] in NAMES]
     header = ["case", *header] if named else header
@@ -235,7 +254,7 @@ def _cpu_table(prefix: str, words: Words) -> list[str]:
         lines.append(
             [
                 row["pattern"],
-                words(NAMES.get(provider, provider)),
+                marked(words(NAMES.get(provider, provider)), row),
                 *(duration(part) for part in parts),
                 f"{duration(fastest)} .. {duration(slowest)}" if row["repeats"] > 1 else "",
                 size(row["peak_bytes"]),
@@ -262,7 +281,7 @@ def everything(words: Words) -> list[str]:
             table.append(
                 [
                     row["case"],
-                    row["provider"],
+                    marked(row["provider"], row),
                     f"{shape['batch']}, {shape['heads']} / {shape['kv_heads']}, "
                     f"{shape['head_dim']}",
                     f"{shape.get('queries', shape['length'])} x {shape['length']}, "
@@ -319,8 +338,9 @@ def _quality(result: str, title: str, words: Words) -> list[str]:
         samples = sorted({row["train_samples"] for row in rows})
         cells = [case, " / ".join(f"{n:,}" for n in samples), str(len({r["seed"] for r in rows}))]
         for kind in ATTENTIONS:
-            values = [row["results"][result] for row in rows if row["provider"] == kind]
-            cells.append(_over_seeds(values))
+            of_kind = [row for row in rows if row["provider"] == kind]
+            text = _over_seeds([row["results"][result] for row in of_kind])
+            cells.append(marked(text, next(filter(is_stale, of_kind), None)))
         table.append(cells)
     header = [title, "training samples", "seeds", *ATTENTIONS.values()]
     used = source(name, found.values(), words)

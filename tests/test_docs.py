@@ -145,6 +145,10 @@ def test_tables_of_known_rows(tmp_path, monkeypatch):
             "provider": provider,
             "pattern": "random",
             "shape": dict(batch=1, heads=4, kv_heads=2, length=64, head_dim=16, window=8),
+            "dtype": "bfloat16",
+            "repeats": 7,
+            "peak_bytes": None,
+            "errors": {"out": 1e-3},
             "seconds": {**parts, "total": total},
             "hardware": {"device": "cuda", "gpu": "G"},
             "versions": {"torch": "2.0", "triton": "3.0"},
@@ -154,6 +158,8 @@ def test_tables_of_known_rows(tmp_path, monkeypatch):
         }
         return json.dumps(facts)
 
+    # Every row says with which kernels it was measured: for now all are the present ones.
+    monkeypatch.setattr(tables, "is_stale", lambda row: False)
     rows = [row("ours", 9.0, "1"), row("ours", 0.5, "2"), row("sdpa-causal", 1.0, "2")]
     (tmp_path / "h200.jsonl").write_text("\n".join(rows))
     lines = tables.headline(tables.Words(Path("README.md")))
@@ -164,6 +170,15 @@ def test_tables_of_known_rows(tmp_path, monkeypatch):
     # Of another run: no ratio.
     (tmp_path / "h200.jsonl").write_text("\n".join([*rows, row("sdpa-causal", 1.0, "3")]))
     assert tables.headline(tables.Words(Path("README.md")))[2].endswith("| 1.00 s |")
+
+    # Ours is of older kernels: its total has a sign, which is explained below the table.
+    monkeypatch.setattr(tables, "is_stale", lambda row: row["provider"] == "ours")
+    lines = tables.headline(tables.Words(Path("README.md")))
+    assert lines[2].endswith("| 500 ms † | 1.00 s |") and lines[4].startswith(
+        "† of a run with other kernels"
+    )
+    lines = tables.everything(tables.Words(Path("docs/measurements.md")))
+    assert [line.count("†") for line in lines if line.startswith("| gpu-x")] == [1, 0]
     (tmp_path / "h200.jsonl").unlink()
     assert tables.headline(tables.Words(Path("README_zh.md"))) == ["尚无数据"]
 
@@ -171,6 +186,7 @@ def test_tables_of_known_rows(tmp_path, monkeypatch):
 def test_tables_of_quality(tmp_path, monkeypatch):
     tables = load(ROOT / "scripts" / "tables.py")
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(tables, "is_stale", lambda row: False)
     words = tables.Words(Path("docs/quality.md"))
     assert tables.quality_recall(words) == tables.quality_text(words) == ["no rows yet"]
 

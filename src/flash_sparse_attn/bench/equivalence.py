@@ -21,6 +21,7 @@ from ..dynamic_mask import dynamic_mask_attn_func
 from ..utils.mask import create_mask
 from .cases import Case, Inputs, make_inputs
 from .console import Progress, table
+from .digest import backend_of, kernels_digest
 from .grids import equivalence
 from .providers import PROVIDERS, distance, references, run
 from .store import Row, append_rows, run_facts
@@ -200,6 +201,7 @@ def _row(
         "inside": {key: part.inside for key, part in found.items()},
         "agrees": good,
         **facts,
+        "kernels": kernels_digest(backend_of(name, case.device)),
     }
 
 

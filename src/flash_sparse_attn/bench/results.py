@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .console import format_bytes, format_seconds, table, write_whole
+from .digest import is_stale
 from .store import Row, read_rows
 
 PARTS = ("total", "selection", "forward", "backward")
@@ -17,7 +18,14 @@ _SIZES = ("length", "window", "batch", "heads", "head_dim")
 
 
 def add_arguments(actions: Any) -> None:
-    """Add `compare` and `plot` to the subcommands of `bench`."""
+    """Add `status`, `compare` and `plot` to the subcommands of `bench`."""
+    status = actions.add_parser(
+        "status", help="list the rows that were measured with other kernels than the present ones"
+    )
+    status.add_argument(
+        "rows", type=Path, nargs="*", help="files of rows (default results/*.jsonl)"
+    )
+    status.set_defaults(run=_status)
     compare = actions.add_parser("compare", help="two result files, or two commits in one file")
     compare.add_argument("before", help="a file of rows; with --rows a commit, or its first digits")
     compare.add_argument("after", help="likewise")
@@ -76,6 +84,31 @@ def comparison(before: list[Row], after: list[Row]) -> str:
             *([f"{alone} rows are in one of the two only"] if alone else []),
         ]
     )
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    paths = arguments.rows or sorted(Path("results").glob("*.jsonl"))
+    missing = [str(path) for path in paths if not path.is_file()]
+    if missing or not paths:
+        names = ", ".join(missing) or "results/*.jsonl"
+        print(f"status: no file {names}; name files of rows", file=sys.stderr)
+        return 2
+    for path in paths:
+        rows = last_of_each(read_rows(path))
+        stale = [row for row in rows if is_stale(row)]
+        print(f"{path}: {len(stale)} of {len(rows)} rows are stale")
+        if stale:
+            cells = [
+                [row["case"], row["provider"], row["commit"], row.get("kernels", "not stated")]
+                for row in stale
+            ]
+            print(table(("case", "provider", "commit", "kernels"), cells))
+    return 0
+
+
+def last_of_each(rows: list[Row]) -> list[Row]:
+    """The last row of every case, provider and seed."""
+    return list({(row["case"], row["provider"], row.get("seed")): row for row in rows}.values())
 
 
 def _compare(arguments: argparse.Namespace) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 from .. import info
 from .cases import Case
 from .console import write_whole
+from .digest import backend_of, kernels_digest
 from .providers import PROVIDERS
 
 Row = dict[str, Any]
@@ -57,15 +58,17 @@ def make_row(
         "errors_at": case.reduced().shape,
         "baselines": [name for name in case.providers if name != provider],
         **facts,
+        "kernels": kernels_digest(backend_of(provider, case.device)),
     }
 
 
 def run_facts(device: str) -> Row:
-    """What all rows of one run share: machine, versions, commit, command and time."""
+    """What all rows of one run share: machine, versions, sources, command and time."""
     return {
         "hardware": info.hardware(device),
         "versions": info.versions(),
         "commit": info.commit(),
+        "kernels": kernels_digest(backend_of("ours", device)),
         "command": shlex.join(["python", *_program(), *_arguments()]),
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
