@@ -26,7 +26,8 @@ PLUGINS = {
     "pytest_timeout": ["pytest_timeout"],
     "_hypothesis_pytestplugin": ["_hypothesis_pytestplugin"],
 }
-GPU_PROCESSES = 14
+# Compiling takes a processor each; more than these do not share a GPU well.
+GPU_PROCESSES = max(1, min(34, (os.cpu_count() or 1) - 2))
 TIMEOUT = {False: 300, True: 1800}  # seconds for one test, without and with the heavy ones
 
 
