@@ -56,6 +56,8 @@ NAMES = {
     "sdpa-masked": "SDPA, mask and bias stored",
     "sdpa-additive": "SDPA, mask and bias added up",
     "flex": "FlexAttention",
+    "flash-dmattn": "flash-dmattn",
+    "flash-sparse-attn": "flash-sparse-attn",
 }
 
 

@@ -477,7 +477,7 @@ def test_an_interrupted_command_ends_quietly(capsys, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "verify", interrupt)
+    monkeypatch.setattr(cli, "verify_isolated", interrupt)
     status, printed = run(capsys, "run", "--case", "cpu-smoke")
     assert status == 130
     assert "interrupted" in printed.err

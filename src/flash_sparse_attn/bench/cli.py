@@ -11,8 +11,8 @@ from .. import info
 from . import results
 from .cases import CASES, Case
 from .console import Progress, format_bytes, format_seconds, table
-from .measure import busy_note, measure_isolated
-from .providers import PROVIDERS, WrongResult, verify
+from .measure import busy_note, measure_isolated, verify_isolated
+from .providers import PROVIDERS, WrongResult
 from .store import Row, append_rows, make_row, run_facts
 from .yardsticks import verdicts
 
@@ -111,7 +111,7 @@ def _one(case: Case, name: str, repeats: int, facts: Row) -> Row | str:
             f"{format_bytes(available)} are available"
         )
     try:
-        errors = verify(case, name)
+        errors = verify_isolated(case, name)
         measured = measure_isolated(case, name, repeats)
     except WrongResult as error:
         return f"not timed, wrong result: {error}"

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
+from . import predecessors
 from .cases import Case, Inputs, make_inputs, make_mask
-from .providers import PROVIDERS, Provider, visible_pairs
+from .providers import PROVIDERS, Provider, WrongResult, verify, visible_pairs
 
 _COLD_CACHE_FLOATS = 64 << 20
 _SLOW_SECONDS = 20.0
@@ -49,26 +50,49 @@ def measure_isolated(
         the only run was the first one), ``timing`` (how each part was timed), ``peak_bytes`` above
         the inputs; where the mask is an input, ``mask_seconds``, which are nobody's and in no
         total, and ``visible_pairs``; on CPUs ``other_load``, the part of the processors that other
-        processes used meanwhile (``None`` where the system does not tell).
+        processes used meanwhile (``None`` where the system does not tell); of predecessors
+        ``versions`` in their environment.
 
     Raises:
         RuntimeError: The process failed; the message holds the end of its error output.
     """
     options = {"budget_seconds": budget_seconds, "warmup": warmup, "seed": seed}
     job = {"case": asdict(case), "provider": provider, "repeats": repeats, "options": options}
-    # The process finds this package even if only `sys.path` of this one leads to it.
-    paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    return _answer(job)
+
+
+def verify_isolated(case: Case, provider: str) -> dict[str, float]:
+    """`providers.verify`, where the provider can run: here, or in the predecessors' environment.
+
+    Raises:
+        WrongResult: The error rule is broken.
+        RuntimeError: A predecessor cannot run; the message says why.
+    """
+    if not PROVIDERS[provider].module:
+        return verify(case, provider)
+    found = _answer({"case": asdict(case), "provider": provider})
+    if "wrong" in found:
+        raise WrongResult(found["wrong"])
+    return found["errors"]
+
+
+def _answer(job: dict[str, Any]) -> dict[str, Any]:
+    """The answer of `do` in a fresh process, which for predecessors is one of their environment."""
+    environment = dict(os.environ)
+    if PROVIDERS[job["provider"]].module:
+        command = predecessors.command()
+    else:
+        command = [sys.executable, "-m", "flash_sparse_attn.bench.measure"]
+        # The process finds this package even if only `sys.path` of this one leads to it.
+        paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     done = subprocess.run(
-        [sys.executable, "-m", "flash_sparse_attn.bench.measure"],
-        input=json.dumps(job),
-        capture_output=True,
-        text=True,
-        env=environment,
+        command, input=json.dumps(job), capture_output=True, text=True, env=environment
     )
     if done.returncode != 0:
         tail = "\n".join(done.stderr.strip().splitlines()[-3:])
-        raise RuntimeError(f"{provider} on {case.name} ended with status {done.returncode}: {tail}")
+        what = f"{job['provider']} on {job['case']['name']}"
+        raise RuntimeError(f"{what} ended with status {done.returncode}: {tail}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -329,13 +353,21 @@ def _peak_resident_bytes() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def main() -> None:
-    """Read a job from standard input, print its measurement as the last line of standard output."""
-    job = json.load(sys.stdin)
+def do(job: dict[str, Any]) -> dict[str, Any]:
+    """Measure what a job asks for; without a number of repeats, see whether it is right."""
     job["case"]["providers"] = tuple(job["case"]["providers"])
-    case, provider = Case(**job["case"]), PROVIDERS[job["provider"]]
-    result = measure(case, provider, job["repeats"], **job["options"])
-    print(json.dumps(result))
+    case, name = Case(**job["case"]), job["provider"]
+    if "repeats" in job:
+        return measure(case, PROVIDERS[name], job["repeats"], **job["options"])
+    try:
+        return {"errors": verify(case, name)}
+    except WrongResult as error:
+        return {"wrong": str(error)}
+
+
+def main() -> None:
+    """Do a job from standard input; the answer is the last line of standard output."""
+    print(json.dumps(do(json.load(sys.stdin))))
 
 
 if __name__ == "__main__":

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 
 from .. import dispatch, info
+from . import predecessors
 from .cases import Case
 from .cli import report
 from .console import Progress
 from .grids import HEAD_DIMS
-from .measure import measure, measure_isolated
-from .providers import PROVIDERS, WrongResult, verify
+from .measure import measure, measure_isolated, verify_isolated
+from .providers import PROVIDERS, WrongResult
 from .store import Row, append_rows, make_row, run_facts
 
 _OURS = ("cuda", "triton", "flex", "eager")
@@ -28,6 +29,7 @@ TEST_TYPES = {
     "ours": ("ours",),
     "sdpa": ("sdpa-additive", "sdpa-causal"),
     "flex-baseline": ("flex",),
+    "predecessors": ("ours", *predecessors.DISTRIBUTIONS.values()),
     **{name: (f"ours-{name}",) for name in _OURS},
     **{f"sdpa-vs-{name}": ("sdpa-additive", "sdpa-causal", f"ours-{name}") for name in _OURS},
 }
@@ -67,7 +69,7 @@ def main(
     with Progress("configurations", len(cases) * len(names)) as bar:
         for case, name in itertools.product(cases.values(), names):
             try:
-                errors = verify(case, name)
+                errors = verify_isolated(case, name)
                 found = _measured(case, name, options)
             except (WrongResult, RuntimeError) as error:
                 first = str(error).strip().splitlines()
@@ -83,7 +85,7 @@ def main(
 
 def _measured(case: Case, name: str, options: argparse.Namespace) -> dict[str, Any]:
     chosen = {"repeats": options.runs, "warmup": options.warmup, "seed": options.seed}
-    if case.device == "cuda":
+    if case.device == "cuda" and not PROVIDERS[name].module:
         # What FlexAttention was compiled for other shapes counts against a limit.
         torch.compiler.reset()
         # A process for each would cost seconds, and here PyTorch itself counts the memory.
@@ -95,6 +97,8 @@ def _missing(names: tuple[str, ...]) -> str | None:
     """Why one of these cannot run here at all."""
     reasons = dispatch.explain_backends()
     for name in names:
+        if PROVIDERS[name].module and (reason := predecessors.missing()):
+            return reason
         backend = name.removeprefix("ours-")
         if name.startswith("ours-") and reasons[backend]:
             return f"backend {backend!r} is not available: {'; '.join(reasons[backend])}"

@@ -16,6 +16,7 @@ from .. import dispatch
 from ..attention import flash_sparse_attn_func
 from ..reference import attention_reference, causal_mask
 from ..selection import KeySelection, prepare_selection, select_keys
+from . import predecessors
 from .cases import GRADIENTS, Case, Inputs, make_inputs
 
 
@@ -36,6 +37,7 @@ class Provider:
         extra_bytes: Lower bound of the memory that a case needs.
         trains_bias: Whether it has a gradient for the bias.
         building: What its selection and forward times hold of mask and plan building, for rows.
+        module: The import name of a predecessor, which runs in an environment of its own.
     """
 
     what: str
@@ -45,6 +47,7 @@ class Provider:
     extra_bytes: Callable[[Case], int] = lambda case: 0
     trains_bias: bool = True
     building: str = "nothing to build"
+    module: str = ""
 
     def leaves(self, inputs: Inputs) -> list[Tensor]:
         """The tensors whose gradients it computes."""
@@ -203,6 +206,11 @@ def _squares(case: Case) -> int:
     return 4 * item * case.batch * case.heads * case.queries * case.length
 
 
+def _mask_bytes(case: Case) -> int:
+    """A bool mask ``[B, Hkv, Q, N]``."""
+    return case.batch * case.kv_heads * case.queries * case.length
+
+
 PROVIDERS = {
     "ours": _ours(None),
     **{f"ours-{name}": _ours(name) for name in dispatch.explain_backends()},
@@ -235,6 +243,18 @@ PROVIDERS = {
         _attend_flex,
         building="selection: keys, unless a mask is given, and create_block_mask",
     ),
+    **{
+        name: Provider(
+            f"the predecessor, mask by torch.topk; its environment's Python: "
+            f"{predecessors.INTERPRETER}",
+            _mask_for_sdpa,
+            predecessors.attend(module),
+            extra_bytes=_mask_bytes,
+            building="selection: the mask, unless given",
+            module=module,
+        )
+        for module, name in predecessors.DISTRIBUTIONS.items()
+    },
     "reference": Provider(
         "the eager oracle on the dense mask of the definition",
         visible_pairs,

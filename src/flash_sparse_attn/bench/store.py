@@ -58,6 +58,7 @@ def make_row(
         "errors_at": case.reduced().shape,
         "baselines": [name for name in case.providers if name != provider],
         **facts,
+        "versions": facts["versions"] | measured.get("versions", {}),
         "kernels": kernels_digest(backend_of(provider, case.device)),
     }
 
