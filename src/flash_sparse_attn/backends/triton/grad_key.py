@@ -271,8 +271,9 @@ def grad_key_kernel(
             if CLAMPS:
                 from_any = tl.where(tl.min(start, 0) <= 0, 0, from_any)
                 from_all = tl.where(tl.max(start, 0) <= 0, 0, from_all)
-            tile_0 = from_any * GROUP // BLOCK_M
-            tile_1 = tl.maximum(tl.cdiv(to_any * GROUP, BLOCK_M), tile_0)
+            # Slots that only later epochs see have no tile in this one.
+            tile_1 = tl.maximum(tl.cdiv(to_any * GROUP, BLOCK_M), 0)
+            tile_0 = tl.minimum(from_any * GROUP // BLOCK_M, tile_1)
             full_0 = tl.minimum(tl.cdiv(from_all * GROUP, BLOCK_M), tile_1)
             # The last tile of the epoch may be short: what it lacks has no probability.
             full_1 = tl.where(to_all >= num, tile_1, to_all * GROUP // BLOCK_M)

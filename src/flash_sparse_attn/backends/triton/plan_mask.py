@@ -30,6 +30,8 @@ _NEVER = tl.constexpr(NEVER)
 _ALIGN = tl.constexpr(SLOT_ALIGN)
 
 _SCANNED = 4096  # keys that one program looks at together
+_COUNTED = 16384  # bytes of a mask over keys that one program counts together
+_OWNED = 1024  # keys of a mask over keys that one program gives slots
 _PACKED = 512  # keys of one program that packs
 _PROGRAMS = 2048  # programs of one warp that keep a GPU busy with reading
 
@@ -209,53 +211,72 @@ def bits_kernel(
                 tl.store(ptrs + 1, tl.reduce(parts, 2, _and))
 
 
+@triton.jit
+def _count(ptr_mask, begin, end, smn, UNIT: tl.constexpr, COUNTED: tl.constexpr):
+    """How many of the keys from `begin` to `end` a mask over keys shows."""
+    total = tl.zeros([COUNTED], tl.int32)
+    for i in range(begin, end, COUNTED):
+        key = i + tl.arange(0, COUNTED)  # [COUNTED]
+        offs = key if UNIT else key.to(tl.int64) * smn
+        total += tl.load(ptr_mask + offs, mask=key < end, other=0).to(tl.int32)
+    return tl.sum(total, 0)
+
+
 @triton.jit(do_not_specialize=NUMBERS)
 def keys_kernel(
     ptr_mask, ptr_key, ptr_start, ptr_expiry, ptr_counts, ptr_visible, ptr_entered, ptr_use_slot,
-    query_len, key_len, num_slots,
+    query_len, key_len, num_slots, num_blocks,
     smb: tl.int64,
     smk: tl.int64,
     smn: tl.int64,
     ROW_HEADS: tl.constexpr,
     CAUSAL: tl.constexpr,
     USES: tl.constexpr,
+    UNIT: tl.constexpr,
+    COUNTED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program per row of a mask over keys: a slot for every key that it shows."""
-    i_row, _ = row_and_rest(1)
-    ptr_mask += i_row // ROW_HEADS * smb + i_row % ROW_HEADS * smk
+    """One program per (row of a mask over keys, block of keys): a slot for every key it shows.
+
+    Every program counts the keys before its own, so that none waits for another.
+    """
+    i_row, i_block = row_and_rest(num_blocks)
+    offs_row = i_row // ROW_HEADS * smb + i_row % ROW_HEADS * smk
+    ptr_mask += offs_row // 16 * 16 if UNIT else offs_row  # aligned, as the compiler sees
     ptr_visible += i_row * query_len
     ptr_entered += i_row * query_len
     slots = i_row * num_slots
-    offs = tl.arange(0, BLOCK)  # [BLOCK]
-    count = 0
-    for i in range(0, key_len, BLOCK):
-        key = i + offs
-        seen = tl.load(ptr_mask + key.to(tl.int64) * smn, mask=key < key_len, other=0).to(tl.int32)
-        upto = count + tl.cumsum(seen, 0)
-        slot = upto - 1
-        tl.store(ptr_key + slots + slot, key, mask=seen != 0)
-        tl.store(ptr_start + slots + slot, key if CAUSAL else key * 0, mask=seen != 0)
-        tl.store(ptr_expiry + slots + slot, key * 0 + _NEVER, mask=seen != 0)
-        if USES:
-            slot = tl.where(seen != 0, slot, -1)
-            tl.store(ptr_use_slot + i_row * key_len + key, slot, mask=key < key_len)
-        if CAUSAL:
-            # The query that stands at the key's position.
-            query = key - key_len + query_len
-            tl.store(ptr_visible + query, upto, mask=(key < key_len) & (query >= 0))
-        count = tl.max(upto, 0)
-    pad_slots(ptr_key + slots, ptr_start + slots, ptr_expiry + slots, count)
-    tl.store(ptr_counts + i_row * 2, count)
-    tl.store(ptr_counts + i_row * 2 + 1, 0)
-    for i in range(0, query_len, BLOCK):
-        query = i + offs
+    key_0 = i_block * BLOCK
+    count = _count(ptr_mask, 0, key_0, smn, UNIT, COUNTED)
+    key = key_0 + tl.arange(0, BLOCK)  # [BLOCK]
+    seen = tl.load(ptr_mask + key.to(tl.int64) * smn, mask=key < key_len, other=0).to(tl.int32)
+    upto = count + tl.cumsum(seen, 0)
+    slot = upto - 1
+    tl.store(ptr_key + slots + slot, key, mask=seen != 0)
+    tl.store(ptr_start + slots + slot, key if CAUSAL else key * 0, mask=seen != 0)
+    tl.store(ptr_expiry + slots + slot, key * 0 + _NEVER, mask=seen != 0)
+    if USES:
+        slot = tl.where(seen != 0, slot, -1)
+        tl.store(ptr_use_slot + i_row * key_len + key, slot, mask=key < key_len)
+    count += tl.sum(seen, 0)
+    if CAUSAL:
+        # The query that stands at the key's position.
+        query = key - key_len + query_len
+        tl.store(ptr_visible + query, upto, mask=(key < key_len) & (query >= 0))
+    else:
+        total = count + _count(ptr_mask, key_0 + BLOCK, key_len, smn, UNIT, COUNTED)
+    for i in range(key_0, query_len, num_blocks * BLOCK):
+        query = i + tl.arange(0, BLOCK)
         tl.store(ptr_entered + query, 0, mask=query < query_len)
-        before = (query < query_len) & (query < query_len - key_len)
         if CAUSAL:
+            before = (query < query_len) & (query < query_len - key_len)
             tl.store(ptr_visible + query, 0, mask=before)
         else:
-            tl.store(ptr_visible + query, query * 0 + count, mask=query < query_len)
+            tl.store(ptr_visible + query, query * 0 + total, mask=query < query_len)
+    if i_block == num_blocks - 1:
+        pad_slots(ptr_key + slots, ptr_start + slots, ptr_expiry + slots, count)
+        tl.store(ptr_counts + i_row * 2, count)
+        tl.store(ptr_counts + i_row * 2 + 1, 0)
 
 
 @triton.jit
@@ -318,12 +339,15 @@ def plan_mask(mask: Tensor, layout: MaskLayout, *, is_causal: bool, for_backward
 
 def _fill_shown(plan: Plan, mask: Tensor, layout: MaskLayout, is_causal: bool) -> None:
     batch, head, _, _, key = broadcast_strides(mask, layout.row_heads, 1)
-    block = min(_SCANNED, max(128, triton.next_power_of_2(layout.key_len)))
-    launch(keys_kernel, layout.row_batches * layout.row_heads)(
+    block = min(_OWNED, max(128, triton.next_power_of_2(layout.key_len)))
+    num_blocks = max(1, triton.cdiv(layout.key_len, block))
+    is_unit = key == 1 and not any(part % 16 for part in (mask.data_ptr(), batch, head))
+    launch(keys_kernel, layout.row_batches * layout.row_heads * num_blocks)(
         mask.view(torch.uint8), plan.slot_key, plan.slot_start, plan.slot_expiry, plan.counts,
         plan.visible, plan.entered, plan.use_slot, layout.query_len, layout.key_len,
-        layout.num_slots, batch, head, key, ROW_HEADS=layout.row_heads, CAUSAL=is_causal,
-        USES=plan.use_slot is not None, BLOCK=block, num_warps=max(4, block // 256),
+        layout.num_slots, num_blocks, batch, head, key, ROW_HEADS=layout.row_heads,
+        CAUSAL=is_causal, USES=plan.use_slot is not None, UNIT=is_unit, COUNTED=_COUNTED,
+        BLOCK=block, num_warps=8,
     )  # fmt: skip
 
 
