@@ -66,11 +66,13 @@ def _list_keys(
             expiry = tl.load(ptr_expiry + key, mask=seen, other=0)
             seen = seen & (tl.maximum(start, low) <= tl.minimum(expiry - 1, high))
         offs_key = key.to(tl.int64)
+        shown = seen  # neither load waits for the other
         if MASK == "shared":
-            seen = seen & (tl.load(ptr_mask + offs_key * smn, mask=seen, other=0) != 0)
+            shown = shown & (tl.load(ptr_mask + offs_key * smn, mask=seen, other=0) != 0)
         if BIAS == "shared":
             bias = tl.load(ptr_bias + offs_key * sbn, mask=seen, other=0.0)
-            seen = seen & (bias != float("-inf"))
+            shown = shown & (bias != float("-inf"))
+        seen = shown
         if MASK == "rows" or BIAS == "rows":
             some = index < 0
             for row in range(first, last + 1):
