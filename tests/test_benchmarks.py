@@ -209,3 +209,64 @@ def test_a_missing_backend_is_named(capsys):
     assert performance.main("", grids.forward_performance, arguments) == 2
     assert "backend 'triton' is not available" in capsys.readouterr().out
     assert equivalence.main("", False, ["--test-type", "triton"]) == 2
+
+
+# On a CPU, without saying what
+
+
+@pytest.mark.parametrize(
+    ("name", "chosen", "known", "longest"),
+    [
+        ("forward_equivalence", 20, 72, 2048),
+        ("backward_equivalence", 20, 72, 2048),
+        ("forward_performance", 7, 84, 4096),
+        ("backward_performance", 2, 66, 512),
+    ],
+)
+def test_scripts_take_short_configurations_on_a_cpu_and_say_so(
+    name, chosen, known, longest, monkeypatch, capsys
+):
+    """All that they choose is compared or measured, here by what does nothing."""
+    taken = []
+    monkeypatch.setattr(performance, "verify_isolated", lambda case, name: {"out": 0.0})
+
+    def measured(case, name, options):
+        taken.append((case, name))
+        raise RuntimeError("not measured")
+
+    def compared(case, causal, name, tolerance, seed):
+        taken.append((case, name))
+        return {"out": equivalence.Comparison(0.0, 0.0, 1e-5, 1.0, (0,))}
+
+    monkeypatch.setattr(performance, "_measured", measured)
+    monkeypatch.setattr(equivalence, "compare", compared)
+    arguments = ["--device", "cpu"]
+    if name.endswith("performance"):
+        performance.main("", getattr(grids, name), arguments)
+    else:
+        assert equivalence.main("", name.startswith("backward"), arguments) == 0
+    printed = capsys.readouterr().out
+    start = f"On a CPU: the eager backend, float32, and the {chosen} short ones of {known} config"
+    assert printed.startswith(start)
+    cases = {case.name: case for case, _ in taken}
+    assert len(cases) == chosen and max(case.length for case in cases.values()) == longest
+    assert {case.device for case in cases.values()} == {"cpu"}
+    assert {case.dtype for case in cases.values()} == {"float32"}
+    sides = {"sdpa-additive", "sdpa-causal", "ours-eager"}
+    assert {side for _, side in taken} == (sides if name.endswith("performance") else {"eager"})
+    if name.endswith("equivalence"):  # some leave keys out
+        assert any(case.window < case.length for case in cases.values())
+
+
+def test_on_a_cpu_options_still_choose_everything(monkeypatch, capsys):
+    taken = []
+    monkeypatch.setattr(performance, "verify_isolated", lambda case, name: {"out": 0.0})
+    monkeypatch.setattr(
+        performance, "_measured", lambda case, name, options: taken.append((case, name)) or 1 / 0
+    )
+    arguments = ["--device", "cpu", "--config", "*window-32-d64", "--dtype", "bfloat16"]
+    with pytest.raises(ZeroDivisionError):
+        performance.main("", grids.forward_performance, [*arguments, "--test-type", "ours"])
+    assert "On a CPU" not in capsys.readouterr().out
+    ((case, name),) = taken
+    assert (case.length, case.dtype, name) == (32768, "bfloat16", "ours")

@@ -19,10 +19,10 @@ from torch import Tensor
 from .. import dispatch, info
 from ..dynamic_mask import dynamic_mask_attn_func
 from ..utils.mask import create_mask
+from . import grids
 from .cases import Case, Inputs, make_inputs
 from .console import Progress, table
 from .digest import backend_of, kernels_digest
-from .grids import equivalence
 from .providers import PROVIDERS, distance, references, run
 from .store import Row, append_rows, run_facts
 
@@ -84,24 +84,33 @@ def main(title: str, backward: bool, arguments: list[str] | None = None) -> int:
     """
     options = _parser(title).parse_args(arguments)
     reasons = dispatch.explain_backends()
+    reduces = options.device == "cpu" and not options.config
+    dtype = options.dtype or ("float32" if options.device == "cpu" else "bfloat16")
     names = [options.test_type]
-    if options.test_type == "all":
+    if options.test_type == "all" and reduces:
+        names = ["eager"]
+    elif options.test_type == "all":
         names = ["ours", *(name for name, missing in reasons.items() if not missing)]
     elif reasons.get(options.test_type):
         print(f"--test-type {options.test_type}: not available: {reasons[options.test_type]}")
         return 2
     jobs = [
-        (name, replace(case, device=options.device, dtype=options.dtype), causal)
+        (name, replace(case, device=options.device, dtype=dtype), causal)
         for name in names
-        for case, causal in equivalence(
+        for case, causal in grids.equivalence(
             _TRITON_WINDOW if backward and name == "triton" else options.window
         )
-        if any(fnmatch.fnmatch(case.name, pattern) for pattern in options.config)
+        if any(fnmatch.fnmatch(case.name, pattern) for pattern in options.config or ["*"])
     ]
+    if reduces:
+        known = len(jobs)
+        # Up to a length at which the window leaves keys out.
+        jobs = [job for job in jobs if grids.suits_cpu(job[1], grids.HEAD_DIMS, 2048)]
+        print(grids.about_cpu(len(jobs), known, dtype))
     if not jobs:
         print(f"--config: no configuration is called {' or '.join(options.config)}")
         return 2
-    tolerance = (BACKWARD if backward else FORWARD)[options.dtype]
+    tolerance = (BACKWARD if backward else FORWARD)[dtype]
     facts, lines, skipped, failed = run_facts(options.device), [], {}, 0
     with Progress("configurations", len(jobs)) as bar:
         for name, case, causal in jobs:
@@ -227,13 +236,15 @@ def _parser(title: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--config",
         nargs="+",
-        default=["*"],
         metavar="PATTERN",
-        help="names of configurations such as 256-d64-causal, * allowed (default all)",
+        help="names of configurations such as 256-d64-causal, * allowed (default all; on a CPU the "
+        "short ones)",
     )
     parser.add_argument("--out", type=Path, help="append the results to this file as JSON lines")
     parser.add_argument("--device", choices=("cuda", "cpu"), default=info.default_device().type)
-    parser.add_argument("--dtype", choices=tuple(FORWARD), default="bfloat16")
+    parser.add_argument(
+        "--dtype", choices=tuple(FORWARD), help="default bfloat16; on a CPU float32"
+    )
     return parser
 
 

@@ -6,6 +6,7 @@ and KV head. Their scripts had head dimension 64, the tables of their README 128
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from .cases import Case
@@ -53,6 +54,20 @@ def backward_performance(head_dim: int = 64, window: int = 1024) -> list[Case]:
         cases += [_case("train-32768", 32768, head_dim, window)]
         cases += [_case(f"window-{2**n}-of-32768", 32768, head_dim, 2**n) for n in range(5, 16)]
     return [replace(case, name=f"backward-{case.name}-d{case.head_dim}") for case in cases]
+
+
+def suits_cpu(case: Case, head_dims: Sequence[int], longest: int = 512) -> bool:
+    """Whether a CPU does it in seconds; a single query may have 4096 keys."""
+    return case.head_dim in head_dims and case.length <= (longest if case.queries > 1 else 4096)
+
+
+def about_cpu(chosen: int, of: int, dtype: str) -> str:
+    """What a script says that takes those configurations which suit a CPU."""
+    return (
+        f"On a CPU: the eager backend, {dtype}, and the {chosen} short ones of {of} configurations."
+        "\nThis shows that everything runs, not how fast it is on a GPU. Options choose others: "
+        "--config, --dtype, --test-type."
+    )
 
 
 def _at(length: int, head_dim: int, window: int) -> list[Case]:

@@ -13,11 +13,10 @@ from typing import Any
 import torch
 
 from .. import dispatch, info
-from . import predecessors
+from . import grids, predecessors
 from .cases import Case
 from .cli import report
 from .console import Progress
-from .grids import HEAD_DIMS
 from .measure import measure, measure_isolated, verify_isolated
 from .providers import PROVIDERS, WrongResult
 from .store import Row, append_rows, make_row, run_facts
@@ -47,16 +46,22 @@ def main(
         arguments: Default those of the process.
     """
     options = _parser(title).parse_args(arguments)
+    on_cpu = options.device == "cpu"
+    dtype = options.dtype or ("float32" if on_cpu else "bfloat16")
     cases = {
-        case.name: replace(case, device=options.device, dtype=options.dtype)
-        for head_dim in options.head_dim or HEAD_DIMS
+        case.name: replace(case, device=options.device, dtype=dtype)
+        for head_dim in options.head_dim or grids.HEAD_DIMS
         for case in make_cases(head_dim, options.window)
-        if any(fnmatch.fnmatch(case.name, pattern) for pattern in options.config)
+        if any(fnmatch.fnmatch(case.name, pattern) for pattern in options.config or ["*"])
     }
     if options.list:
         print("\n".join(f"{name:<34} {case.shape}" for name, case in cases.items()))
         return 0
-    names = TEST_TYPES[options.test_type]
+    names = TEST_TYPES[options.test_type or ("sdpa-vs-eager" if on_cpu else "all")]
+    if on_cpu and not options.config:
+        known, dims = len(cases), options.head_dim or grids.HEAD_DIMS[:1]
+        cases = {n: case for n, case in cases.items() if grids.suits_cpu(case, dims)}
+        print(grids.about_cpu(len(cases), known, dtype))
     if not cases:
         print(f"--config: no configuration is called {' or '.join(options.config)}; see --list")
         return 2
@@ -113,27 +118,28 @@ def _parser(title: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--test-type",
         choices=TEST_TYPES,
-        default="all",
         help="what is measured (default all: ours, SDPA with materialised mask and bias, dense "
-        "causal SDPA, FlexAttention)",
+        "causal SDPA, FlexAttention; on a CPU sdpa-vs-eager)",
     )
     parser.add_argument(
         "--head-dim",
         type=int,
         action="append",
-        help="repeatable; default 64, as in the predecessors' scripts, and 128, as in their README",
+        help="repeatable; default 64, as in the predecessors' scripts, and 128, as in their "
+        "README; on a CPU 64",
     )
     parser.add_argument("--window", type=int, default=1024, help="keys a query sees (default 1024)")
     parser.add_argument(
         "--config",
         nargs="+",
-        default=["*"],
         metavar="PATTERN",
-        help="names of configurations, * allowed (default all)",
+        help="names of configurations, * allowed (default all; on a CPU the short ones)",
     )
     parser.add_argument("--list", action="store_true", help="print the configurations and end")
     parser.add_argument("--out", type=Path, help="append the rows to this file as JSON lines")
     parser.add_argument("--device", choices=("cuda", "cpu"), default=info.default_device().type)
     dtypes = [str(dtype).removeprefix("torch.") for dtype in (torch.bfloat16, torch.float16)]
-    parser.add_argument("--dtype", choices=[*dtypes, "float32"], default=dtypes[0])
+    parser.add_argument(
+        "--dtype", choices=[*dtypes, "float32"], help="default bfloat16; on a CPU float32"
+    )
     return parser
