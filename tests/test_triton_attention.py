@@ -10,9 +10,11 @@ import torch
 from compare import largest_error
 from interpreter import run_interpreted
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
+from flash_sparse_attn.backends.triton import launch as launching
 from flash_sparse_attn.backends.triton.backward import Needs, backward
 from flash_sparse_attn.backends.triton.config import TileConfig, Tiles
 from flash_sparse_attn.backends.triton.forward import forward
@@ -298,6 +300,32 @@ def test_plan(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for index, end in enumerate(plan.use_end.tolist()):
         assert plan.use_slot[begin:end].tolist() == uses.get(index, [])
         begin = end
+
+
+class _Operators(TorchDispatchMode):
+    """Names of the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function._opname)
+        return function(*args, **(kwargs or {}))
+
+
+def test_passes_allocate_and_launch_and_nothing_else() -> None:
+    """Or a call with a bias per key could not be repeated from its recording."""
+    query, key, value = (torch.randn(1, 70, heads, 16).half() for heads in (4, 2, 2))
+    scores = torch.randn(1, 2, 70)
+    plan = build_plan(select_keys(scores, 20), 70, is_causal=True)
+    call = Call(0.25, 0.0, Bias.of(scores[:, :, None], 4, 2))
+    # As in an operator: below autograd, where even a cast to the same dtype is an operator.
+    with _Operators() as ran, torch._C._AutoDispatchBelowAutograd():
+        out, _, norm = forward(plan, query, key, value, call, with_norm=True)
+        backward(plan, query, key, value, out, norm, out, call, Needs(bias=True))
+    interpreter = {"copy_", "set_"}
+    assert ran.names - interpreter <= launching._ALLOCATIONS | launching._VIEWS
 
 
 def test_plan_is_a_pytree() -> None:

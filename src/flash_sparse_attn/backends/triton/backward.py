@@ -76,7 +76,10 @@ def backward(
     if needs.key or needs.value or per_key is not None:
         run_grad_key(plan, saved, call, tiles.grad_key, grad_key, grad_value, per_key)
     if per_key is not None and bias is not None:
-        grad_bias = _sum_to(per_key, bias.tensor.shape, bias.heads_kv).to(bias.tensor.dtype)
+        grad_bias = _sum_to(per_key, bias.tensor.shape, bias.heads_kv)
+        # A cast to the same dtype, too, is an operator, and calls with operators are not repeated.
+        if grad_bias.dtype != bias.tensor.dtype:
+            grad_bias = grad_bias.to(bias.tensor.dtype)
     return grad_query, grad_key, grad_value, grad_bias
 
 
