@@ -31,6 +31,7 @@ PUBLIC = {
     "flash_sparse_attn_with_kvcache_func",
     "flex_sparse_attn_func",
     "get_available_backends",
+    "memory_report",
     "prepare_selection",
     "select_keys",
     "triton_sparse_attn_func",
@@ -38,7 +39,7 @@ PUBLIC = {
 
 # A module imports only from layers above its own in this list; an entry stands for its submodules.
 LAYERS = (
-    {"_conflicts", "_version", "plan", "quantize", "reference", "scores", "varlen"},
+    {"_conflicts", "_version", "memory", "plan", "quantize", "reference", "scores", "varlen"},
     {"intervals"},
     {"checks"},
     {"cache_checks", "problem", "utils", "window_state"},

@@ -15,6 +15,7 @@ from .dispatch import explain_backends, get_available_backends  # noqa: E402
 from .dynamic_mask import dynamic_mask_attn_func, dynamic_mask_attn_varlen_func  # noqa: E402
 from .intervals import KeySelection  # noqa: E402
 from .kvcache import append_kvcache, flash_sparse_attn_with_kvcache_func  # noqa: E402
+from .memory import memory_report  # noqa: E402
 from .nn import DynamicMaskAttention  # noqa: E402
 from .selection import prepare_selection, select_keys  # noqa: E402
 from .utils.mask import create_mask  # noqa: E402
@@ -36,6 +37,7 @@ __all__ = [
     "flash_sparse_attn_with_kvcache_func",
     "flex_sparse_attn_func",
     "get_available_backends",
+    "memory_report",
     "prepare_selection",
     "select_keys",
     "triton_sparse_attn_func",
