@@ -22,6 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ["-m", "flash_sparse_attn", "bench", "run", "--repeats", "11"]
+RANKS = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "gpu"]
 OURS, DENSE, FLEX = ("--provider", "ours"), ("--provider", "sdpa-causal"), ("--provider", "flex")
 
 
@@ -55,7 +56,8 @@ JOBS = [
     Job("compilation", ["tests/gpu/time_compilation.py"], "alone"),
     Job("Transformers", ["tests/gpu/time_transformers.py"], "alone"),
     Job("demo", ["-m", "flash_sparse_attn", "demo", "--quick"], "alone"),
-    Job("ranks", ["tests/gpu/time_distributed.py"], "together"),
+    Job("ranks", [*RANKS, "tests/gpu/time_distributed.py"], "together"),
+    Job("tests of ranks", ["scripts/test.py", "--gpu", "-k", "several_gpus", "-v"], "together"),
 ]
 
 
@@ -70,9 +72,6 @@ class Runner:
         """Run a job on these GPUs; it is stopped at the deadline."""
         left = deadline - time.monotonic()
         command = [sys.executable, *job.arguments]
-        if job.phase == "together":
-            launcher = ["-m", "torch.distributed.run", "--standalone"]
-            command[1:1] = [*launcher, "--nproc-per-node", str(len(gpus))]
         if "bench" in command:
             command += ["--out", str(self._rows(job))]
         paths = [str(ROOT / "src"), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
@@ -149,16 +148,17 @@ def main(arguments: list[str]) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     chosen = [job for job in JOBS if job.name in (options.jobs or [job.name])]
     runner = Runner(options.out, torch.cuda.device_count())
-    phases = {name: [job for job in chosen if job.phase == name] for name in ("beside", "alone")}
+    phases = {
+        name: [job for job in chosen if job.phase == name]
+        for name in ("beside", "alone", "together")
+    }
     runner.beside(phases["beside"], time.monotonic() + options.seconds)
     deadline = time.monotonic() + options.seconds / 2
     for job in phases["alone"]:
         runner.run(job, [0], options.out / "alone.log", deadline)
-    for job in chosen:
-        if job.phase == "together" and runner.count > 1:
-            gpus = list(range(runner.count))
-            log, deadline = options.out / "together.log", time.monotonic() + options.seconds / 2
-            runner.run(job, gpus, log, deadline)
+    deadline = time.monotonic() + options.seconds / 2
+    for job in phases["together"] if runner.count > 1 else []:
+        runner.run(job, list(range(runner.count)), options.out / "together.log", deadline)
     runner.collect()
     return 0
 
