@@ -6,7 +6,7 @@
 A table stands between a line ``<!-- rows: NAME -->`` and the next ``<!-- end of rows -->``, and
 says below itself which machine, versions, commit and command its rows have. The last row of every
 case and provider counts; ratios are made within one run only. What was measured with other kernels
-than those of the present sources is marked.
+than those of the present sources is marked. The table ``support`` is made of tests, by support.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
+import support
+
 from flash_sparse_attn.bench.digest import is_stale
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -361,6 +364,12 @@ def _paragraphs(lines: Sequence[str]) -> list[str]:
     return [part for line in lines for part in (line, "")][:-1]
 
 
+def features(words: Words) -> list[str]:
+    """What works on which devices, by the tests that show it."""
+    header, lines = support.table()
+    return markdown([words(text) for text in header], lines)
+
+
 TABLES: dict[str, Callable[[Words], list[str]]] = {
     "headline": headline,
     "bool-masks": bool_masks,
@@ -369,6 +378,7 @@ TABLES: dict[str, Callable[[Words], list[str]]] = {
     "everything": everything,
     "quality-recall": quality_recall,
     "quality-text": quality_text,
+    "support": features,
 }
 
 
