@@ -337,19 +337,30 @@ def _quality(result: str, title: str, words: Words) -> list[str]:
     }
     if not found:
         return [words("no rows yet")]
+    has_lessons = any("curriculum" in row for row in found.values())
     table = []
     for case in dict.fromkeys(case for case, _, _ in found):
         rows = [row for (of, _, _), row in found.items() if of == case]
         samples = sorted({row["train_samples"] for row in rows})
         cells = [case, " / ".join(f"{n:,}" for n in samples), str(len({r["seed"] for r in rows}))]
+        if has_lessons:
+            cells.append(" / ".join(dict.fromkeys(map(_lessons, rows))))
         for kind in ATTENTIONS:
             of_kind = [row for row in rows if row["provider"] == kind]
             text = _over_seeds([row["results"][result] for row in of_kind])
             cells.append(marked(text, next(filter(is_stale, of_kind), None)))
         table.append(cells)
-    header = [title, "training samples", "seeds", *ATTENTIONS.values()]
+    header = [title, "training samples", "seeds", *["lessons before"] * has_lessons]
+    header += ATTENTIONS.values()
     used = source(name, found.values(), words)
     return [*markdown(header, table), "", *_paragraphs(used)]
+
+
+def _lessons(row: Row) -> str:
+    """The lessons of a training, which all attentions had: steps, pairs, tokens."""
+    lessons = row.get("curriculum", [])
+    parts = (f"{one['steps']} × {one['pairs']} pairs in {one['length']}" for one in lessons)
+    return ", ".join(parts) or "none"
 
 
 def _over_seeds(values: list[float]) -> str:

@@ -216,6 +216,13 @@ def test_tables_of_quality(tmp_path, monkeypatch):
     lines = tables.quality_recall(words)
     assert lines[2] == "| recall-1 | 1,280 | 2 | 0.625 (0.500 .. 0.750) |  | 0.250 |  |"
     assert "commit abc, 2026-01-01: `run 1`" in lines[4] and len(lines) == 5
+    lessons = [{"steps": 200, "batch": 64, "length": 32, "pairs": 16}]
+    taught = json.loads(row("recall-2", "full", 0, accuracy=1.0)) | {"curriculum": lessons}
+    (tmp_path / "quality.jsonl").write_text("\n".join([*rows, json.dumps(taught)]))
+    lines = tables.quality_recall(words)
+    assert lines[2].startswith("| recall-1 | 1,280 | 2 | none | 0.625")
+    assert lines[3] == "| recall-2 | 1,280 | 1 | 200 × 16 pairs in 32 | 1.000 |  |  |  |"
+    (tmp_path / "quality.jsonl").write_text("\n".join(rows))
     lines = tables.quality_text(words)
     assert [line for line in lines if line.startswith("| text-1")] == [
         "| text-1 | 1,280 | 1 |  | 1.250 |  |  |",

@@ -52,7 +52,7 @@ def never():
 def test_every_question_has_exactly_one_answer(noise):
     torch.manual_seed(0)
     length, pairs = 64, 9
-    tokens, values = make_sequences(20, length, pairs, noise, CPU)
+    tokens, values = make_sequences(20, length, pairs, noise, CPU, length + 1)
     assert tokens.shape == (20, length + pairs) and values.shape == (20, pairs)
     assert tokens.min() >= 0 and tokens.max() <= length
     for sequence, answers in zip(tokens.tolist(), values.tolist(), strict=True):
@@ -67,7 +67,7 @@ def test_every_question_has_exactly_one_answer(noise):
 
 def test_pairs_can_fill_the_text():
     torch.manual_seed(0)
-    tokens, _ = make_sequences(3, 16, 8, "any", CPU)
+    tokens, _ = make_sequences(3, 16, 8, "any", CPU, 17)
     assert (tokens[:, :16:2] < 8).all() and (tokens[:, 1:16:2] >= 8).all()
 
 
@@ -95,6 +95,30 @@ def test_a_step_reads_nothing_back():
         next_byte_losses(SmallModel(TINY, "full"), text, places, 20).mean().backward()
         with pytest.raises(Exception, match="local_scalar_dense"):
             float(recall.loss(model).detach())
+
+
+def test_lessons_use_the_tokens_of_the_whole_task():
+    task = recall_task(64, 16, pairs=16, window=16, curriculum=(4, 8), lesson_steps=3)
+    assert task.name == "recall-values-64-d16-curriculum"
+    assert [(n, one.length, one.pairs, one.lessons()) for n, one in task.lessons()] == [
+        (3, 8, 4, []),
+        (3, 16, 8, []),
+    ]
+    torch.manual_seed(0)
+    for _, lesson in task.lessons():
+        tokens, values = lesson._draw(CPU)
+        assert tokens.shape == (64, lesson.length + lesson.pairs) == (64, 3 * lesson.pairs)
+        text = tokens[:, : lesson.length]
+        # Pairs fill the text: keys at even places, from the whole task's 32, and its values.
+        assert (text[:, ::2] < 32).all() and text[:, ::2].max() > 24
+        assert (text[:, 1::2] >= 32).all() and 60 < values.max() <= 64
+        answered = (tokens[:, lesson.length :, None] == text[:, None, ::2]).int().argmax(-1)
+        assert torch.equal(text[:, 1::2].gather(1, answered), values)
+    assert task.facts["curriculum"] == [
+        {"steps": 3, "batch": 64, "length": 8, "pairs": 4},
+        {"steps": 3, "batch": 64, "length": 16, "pairs": 8},
+    ]
+    assert "curriculum" not in tiny_recall().facts
 
 
 # Models and training
@@ -171,6 +195,62 @@ def test_a_row_can_be_repeated(rows):
     assert (again["curve"], again["results"]) == (rows[2]["curve"], rows[2]["results"])
 
 
+def test_every_attention_has_the_same_lessons(rows):
+    task = tiny_recall(curriculum=(2, 3), lesson_steps=4)
+    taught = list(compare(task, ATTENTIONS, 3, CPU, never(), None, {}))
+    assert [row["provider"] for row in taught] == list(ATTENTIONS)
+    for row in taught:
+        # Lessons are extra: as many steps of the whole task as without.
+        assert (row["steps"], row["train_samples"]) == (12, 96)
+        assert row["curriculum"] == [
+            {"steps": 4, "batch": 64, "length": 4, "pairs": 2},
+            {"steps": 4, "batch": 64, "length": 6, "pairs": 3},
+        ]
+        assert row["curve"][-1][0] == 4 + 4 + 12
+    # What the models see first is a lesson, with the same data for all of them.
+    first = {row["provider"]: row["curve"][0][1] for row in taught}
+    assert first["window"] == pytest.approx(first["dynamic"], abs=1e-5)
+    assert first["full"] != pytest.approx(rows[0]["curve"][0][1], abs=1e-3)
+    (again,) = compare(task, ["full"], 3, CPU, never(), 12, {})
+    assert again["curve"] == taught[0]["curve"] and again["results"] == taught[0]["results"]
+
+
+def test_time_for_lessons_is_taken_off(monkeypatch):
+    seen = []
+    monkeypatch.setattr(Training, "seconds_per_step", lambda *_, loss_of_step=None: 2.0)
+    monkeypatch.setattr(time, "perf_counter", lambda: 0.0)
+
+    def plan(wanted, seconds, step_seconds, test_batches):
+        seen.append(seconds)
+        return 1
+
+    monkeypatch.setattr("flash_sparse_attn.quality.run.planned_steps", plan)
+    for task in (tiny_recall(), tiny_recall(curriculum=(2,), lesson_steps=5)):
+        list(compare(task, ["full", "window"], 0, CPU, 100.0, None, {}))
+    assert seen == [100.0, 100.0 - 2 * 5 * 2.0]
+
+
+def test_lessons_come_first_and_share_the_schedule():
+    model = torch.nn.Linear(1, 1)
+    order, rates = [], []
+
+    def loss(name):
+        def of_step(step):
+            order.append((name, step))
+            rates.append(training.optimizer.param_groups[0]["lr"])
+            return model(torch.ones(1)).sum()
+
+        return of_step
+
+    training = Training(model, loss("whole"))
+    with Progress("train", 20) as bar:
+        losses = training.run(10, 1.0, bar, [(6, loss("a")), (4, loss("b"))])
+    assert len(losses) == 20
+    assert [name for name, _ in order] == ["a"] * 6 + ["b"] * 4 + ["whole"] * 10
+    assert [step for _, step in order] == list(range(20))
+    assert rates[1] == max(rates) and rates[-1] == min(rates)  # one warm-up, one decay
+
+
 def test_the_plan_keeps_to_its_time():
     assert planned_steps(1000, 1e9, [1.0, 3.0], 10) == 1000
     steps = planned_steps(1000, 100.0, [1.0, 3.0], 6)
@@ -216,6 +296,27 @@ def test_more_text_begins_with_the_same_files():
 def test_lengths_that_cannot_hold_the_pairs_are_refused(capsys):
     assert cli.main(["recall", "--length", "1000", "--device", "cpu"]) == 2
     assert "at least 1024, which 512 pairs take, got 1000" in capsys.readouterr().err
+
+
+def test_lessons_that_do_not_fit_are_refused(capsys):
+    common = ["recall", "--length", "1024", "--device", "cpu", "--curriculum", "16", "513"]
+    assert cli.main(common) == 2
+    assert (
+        "--curriculum: expected numbers of pairs from 1 to 512, got 513" in capsys.readouterr().err
+    )
+    assert cli.main([*common[:-1], "--lesson-steps", "0"]) == 2
+    assert "--lesson-steps: expected at least 1, got 0" in capsys.readouterr().err
+
+
+def test_lessons_are_told(tmp_path, capsys):
+    out = tmp_path / "rows.jsonl"
+    common = ["--quick", "--device", "cpu", "--steps", "1", "--kind", "full", "--out", str(out)]
+    assert cli.main(["recall", "--curriculum", "16", "32", *common]) == 0
+    told = "lessons before: 2 steps of 2 pairs in 4 tokens, 2 steps of 4 pairs in 8 tokens."
+    assert told in capsys.readouterr().out
+    (row,) = read_rows(out)
+    assert row["case"] == "recall-values-64-d16-curriculum"
+    assert list(figure._columns([row])) == ["8 pairs in 64 tokens, noise: values, after lessons"]
 
 
 def test_the_script_writes_rows_and_figures(tmp_path, capsys):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,12 @@ from ..bench.console import Progress
 _PREPARING = 3  # steps before one is recorded: compilation, and the optimizer's first state
 _READINGS = 20  # how often a training looks at its loss, to show it
 
+LossOfStep = Callable[[int], Tensor]
+
 
 def train(
     model: nn.Module,
-    loss_of_step: Callable[[int], Tensor],
+    loss_of_step: LossOfStep,
     steps: int,
     learning_rate: float,
     bar: Progress,
@@ -47,7 +49,7 @@ class Training:
         loss_of_step: The loss at a step.
     """
 
-    def __init__(self, model: nn.Module, loss_of_step: Callable[[int], Tensor]) -> None:
+    def __init__(self, model: nn.Module, loss_of_step: LossOfStep) -> None:
         self.parameters = list(model.parameters())
         self.device = self.parameters[0].device
         self.loss_of_step = loss_of_step
@@ -65,19 +67,28 @@ class Training:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._recorded_loss = torch.zeros(())
 
-    def run(self, steps: int, learning_rate: float, bar: Progress) -> list[float]:
+    def run(
+        self,
+        steps: int,
+        learning_rate: float,
+        bar: Progress,
+        lessons: Sequence[tuple[int, LossOfStep]] = (),
+    ) -> list[float]:
         """Train; returns the loss of every step.
 
         Args:
             steps: Fixed number of steps.
             learning_rate: Highest rate.
             bar: Advanced by one at each step.
+            lessons: Numbers of steps and other losses that come before, in the same schedule; they
+                are launched, not replayed.
         """
-        losses = torch.empty(steps, device=self.device)
-        note, reading = "", max(1, steps // _READINGS)
-        for step in range(steps):
-            self._set_rate(learning_rate * rate_factor(step, steps))
-            losses[step] = self._step(step)
+        plan = [loss for count, loss in lessons for _ in range(count)] + [None] * steps
+        losses = torch.empty(len(plan), device=self.device)
+        note, reading = "", max(1, len(plan) // _READINGS)
+        for step, loss_of_step in enumerate(plan):
+            self._set_rate(learning_rate * rate_factor(step, len(plan)))
+            losses[step] = self._step(step, loss_of_step)
             if (step + 1) % reading == 0:
                 note = f"loss {float(losses[step]):.3f}"
             bar.update(note)
@@ -104,22 +115,22 @@ class Training:
                 loss = self._step(0)
         self._graph, self._recorded_loss = graph, loss
 
-    def seconds_per_step(self, repeats: int = 5) -> float:
-        """Time of a step, the first ones left out; weights stay as they are."""
+    def seconds_per_step(self, repeats: int = 5, loss_of_step: LossOfStep | None = None) -> float:
+        """Time of a step, or one of a lesson, the first ones left out; weights stay as they are."""
         with self._without_effect():
-            self._step(0)
+            self._step(0, loss_of_step)
             self._wait()
             begin = time.perf_counter()
             for _ in range(repeats):
-                self._step(0)
+                self._step(0, loss_of_step)
             self._wait()
             return (time.perf_counter() - begin) / repeats
 
-    def _step(self, step: int) -> Tensor:
-        if self._graph is not None:
+    def _step(self, step: int, lesson: LossOfStep | None = None) -> Tensor:
+        if lesson is None and self._graph is not None:
             self._graph.replay()
             return self._recorded_loss
-        loss = self.loss_of_step(step)
+        loss = (lesson or self.loss_of_step)(step)
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)

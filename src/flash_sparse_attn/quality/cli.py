@@ -19,7 +19,7 @@ from ..bench.store import Row, append_rows, read_rows, run_facts
 from ..demo.text import read_corpus
 from . import figure
 from .language import CONFIG, language_task
-from .recall import BATCHES, NOISE, RATES, recall_task
+from .recall import BATCHES, LESSON_STEPS, NOISE, RATES, recall_task
 from .run import compare, compile_kernels, shortened
 from .tasks import ATTENTIONS, Task
 
@@ -44,8 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _recall(options: argparse.Namespace) -> int:
     sizes = {"pairs": options.pairs, "window": options.window, "noise": options.noise}
     sizes |= {"rate_factor": options.rate_factor}
+    sizes |= {"curriculum": tuple(options.curriculum), "lesson_steps": options.lesson_steps}
     if options.quick:
         sizes |= {"pairs": 8, "window": 16, "train_samples": 128, "test_samples": 16}
+        sizes |= {"curriculum": (2, 4) if options.curriculum else (), "lesson_steps": 2}
         options.length, options.width = [64], [16]
     wrong = [n for n in options.length if n % 2 or n < 2 * sizes["pairs"]]
     if wrong:
@@ -53,6 +55,19 @@ def _recall(options: argparse.Namespace) -> int:
         print(
             f"--length: expected even numbers of at least {needed}, which {sizes['pairs']} pairs "
             f"take, got {wrong[0]}; see --pairs",
+            file=sys.stderr,
+        )
+        return 2
+    if wrong := [n for n in sizes["curriculum"] if not 1 <= n <= sizes["pairs"]]:
+        print(
+            f"--curriculum: expected numbers of pairs from 1 to {sizes['pairs']}, got {wrong[0]}",
+            file=sys.stderr,
+        )
+        return 2
+    if options.lesson_steps < 1:
+        print(
+            f"--lesson-steps: expected at least 1, got {options.lesson_steps}; without "
+            "--curriculum there are no lessons",
             file=sys.stderr,
         )
         return 2
@@ -130,12 +145,22 @@ def report(rows: list[Row], facts: Row) -> str:
         "from the whole text,",
         "so that what a model with one predicts has been seen by its choice of keys.",
     ]
+    for taught in dict.fromkeys(told(row) for row in rows if "curriculum" in row):
+        lines.append(f"Every attention had lessons before: {taught}.")
     if guess := {row["case"]: row["guess"] for row in rows if "guess" in row}:
         lines.append(f"Guessing a value is right in {max(guess.values()):.2%} at most.")
     slow = dict.fromkeys(row["recorded"] for row in rows if row["recorded"] != "yes")
     if rows[0]["hardware"]["device"] == "cuda" and slow:
         lines.append(f"Steps that were not recorded as a CUDA graph: {'; '.join(slow)}")
     return "\n".join([*lines, *shortened(rows)])
+
+
+def told(row: Row) -> str:
+    """The lessons of a row in words."""
+    return ", ".join(
+        f"{lesson['steps']} steps of {lesson['pairs']} pairs in {lesson['length']} tokens"
+        for lesson in row["curriculum"]
+    )
 
 
 def _mean(values: list[float]) -> str:
@@ -172,6 +197,20 @@ def _parser() -> argparse.ArgumentParser:
     recall.add_argument("--noise", choices=tuple(NOISE), default="values", help=_noise_help())
     recall.add_argument(
         "--rate-factor", type=float, default=1.0, help="of the learning rates (default 1)"
+    )
+    recall.add_argument(
+        "--curriculum",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="PAIRS",
+        help="lessons before, for every attention alike: texts full of so many pairs (16 32, say)",
+    )
+    recall.add_argument(
+        "--lesson-steps",
+        type=int,
+        default=LESSON_STEPS,
+        help=f"steps of each lesson (default {LESSON_STEPS})",
     )
     recall.set_defaults(run=_recall)
     text = commands.add_parser("text", help="a byte-level language model of source code")

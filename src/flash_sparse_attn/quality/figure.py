@@ -48,6 +48,7 @@ def _columns(rows: list[Row]) -> dict[str, list[Row]]:
         title = f"text, {row['length']} bytes"
         if "pairs" in row:
             title = f"{row['pairs']} pairs in {row['length']} tokens, noise: {row['noise']}"
+            title += ", after lessons" if "curriculum" in row else ""
         columns.setdefault(title, []).append(row)
     return columns
 

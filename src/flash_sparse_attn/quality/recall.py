@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,13 +24,18 @@ NOISE = {
 }
 
 
+LESSON_STEPS, LESSON_BATCH = 200, 64
+"""Of the lessons of a curriculum."""
+
+
 def make_sequences(
-    batch: int, length: int, pairs: int, noise: str, device: torch.device
+    batch: int, length: int, pairs: int, noise: str, device: torch.device, vocabulary: int
 ) -> tuple[Tensor, Tensor]:
     """A text with key-value pairs at random places, and after it every key once, in random order.
 
-    The ``length + 1`` tokens of the vocabulary are keys, ``0 .. length // 2 - 1``, and values. All
-    numbers come from the device's default generator, so that a CUDA graph can hold this.
+    The lower half of the vocabulary are keys, ``0 .. (vocabulary - 1) // 2 - 1``, the others
+    values. All numbers come from the device's default generator, so that a CUDA graph can hold
+    this.
 
     Args:
         batch: Number of sequences.
@@ -40,19 +45,20 @@ def make_sequences(
             its pair away; among ``"any"`` tokens there are pairs that nobody asks for, and which
             ones those are is not known before the questions.
         device: Of the result.
+        vocabulary: Number of different tokens, at least ``2 * pairs + 1``.
 
     Returns:
         tokens int64 ``[batch, length + pairs]``, and the values to be answered ``[batch, pairs]``.
     """
-    keys_known = length // 2
+    keys_known = (vocabulary - 1) // 2
     lowest = 0 if noise == "any" else keys_known
-    tokens = torch.randint(lowest, length + 1, (batch, length), device=device)
+    tokens = torch.randint(lowest, vocabulary, (batch, length), device=device)
     keys = _permutation(batch, keys_known, device)[:, :pairs]
     if noise == "any":
-        asked = torch.zeros(batch, length + 1, dtype=torch.bool, device=device)
+        asked = torch.zeros(batch, vocabulary, dtype=torch.bool, device=device)
         asked.scatter_(1, keys, torch.ones_like(keys, dtype=torch.bool))
         tokens += keys_known * asked.gather(1, tokens)
-    values = torch.randint(keys_known, length + 1, (batch, pairs), device=device)
+    values = torch.randint(keys_known, vocabulary, (batch, pairs), device=device)
     places = 2 * _permutation(batch, length // 2, device)[:, :pairs]
     tokens.scatter_(1, places, keys).scatter_(1, places + 1, values)
     order = _permutation(batch, pairs, device)
@@ -72,11 +78,15 @@ class RecallTask(Task):
         length: Tokens of the text.
         pairs: Key-value pairs in it, each asked once.
         noise: One of `NOISE`.
+        curriculum: Numbers of pairs of the lessons that come before, which fill their texts.
+        lesson_steps: Steps of each lesson.
     """
 
     length: int
     pairs: int
     noise: str
+    curriculum: tuple[int, ...] = ()
+    lesson_steps: int = LESSON_STEPS
 
     @property
     def sequence(self) -> int:
@@ -86,8 +96,34 @@ class RecallTask(Task):
     @property
     def facts(self) -> dict[str, Any]:
         """The data, and what guessing a value would get right."""
-        guess = 1 / (self.length + 1 - self.length // 2)
-        return {"length": self.length, "pairs": self.pairs, "noise": self.noise, "guess": guess}
+        vocabulary = self.config.tokens
+        facts: dict[str, Any] = {
+            "length": self.length,
+            "pairs": self.pairs,
+            "noise": self.noise,
+            "guess": 1 / (vocabulary - (vocabulary - 1) // 2),
+        }
+        if self.curriculum:
+            facts["curriculum"] = [
+                {
+                    "steps": steps,
+                    "batch": lesson.batch,
+                    "length": lesson.length,
+                    "pairs": lesson.pairs,
+                }
+                for steps, lesson in self.lessons()
+            ]
+        return facts
+
+    def lessons(self) -> list[tuple[int, RecallTask]]:
+        """Short texts full of pairs, with the tokens of the whole task."""
+        return [
+            (
+                self.lesson_steps,
+                replace(self, length=2 * pairs, pairs=pairs, batch=LESSON_BATCH, curriculum=()),
+            )
+            for pairs in self.curriculum
+        ]
 
     def loss(self, model: SmallModel) -> Tensor:
         """Cross entropy of the answers, in nats."""
@@ -109,7 +145,9 @@ class RecallTask(Task):
         return {"accuracy": float(right) / batches}
 
     def _draw(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        return make_sequences(self.batch, self.length, self.pairs, self.noise, device)
+        return make_sequences(
+            self.batch, self.length, self.pairs, self.noise, device, self.config.tokens
+        )
 
 
 def recall_task(
@@ -122,6 +160,8 @@ def recall_task(
     rate_factor: float = 1.0,
     train_samples: int = 250_000,
     test_samples: int = 1_000,
+    curriculum: tuple[int, ...] = (),
+    lesson_steps: int = LESSON_STEPS,
 ) -> RecallTask:
     """Two layers of attention with one head, no feed-forward part.
 
@@ -132,6 +172,7 @@ def recall_task(
         window: Keys that a query of the window and of the dynamic masks sees.
         rate_factor: Multiplies the learning rate, which is that of the nearest width in `RATES`.
         train_samples, test_samples: Of `Task`.
+        curriculum, lesson_steps: Of `RecallTask`.
     """
     config = ModelConfig(
         tokens=length + 1,
@@ -145,7 +186,7 @@ def recall_task(
     )
     nearest = min(RATES, key=lambda known: abs(known - width))
     return RecallTask(
-        f"recall-{noise}-{length}-d{width}",
+        f"recall-{noise}-{length}-d{width}{'-curriculum' if curriculum else ''}",
         config,
         BATCHES[min(BATCHES, key=lambda known: abs(known - length))],
         rate_factor * RATES[nearest],
@@ -154,4 +195,6 @@ def recall_task(
         length,
         pairs,
         noise,
+        curriculum,
+        lesson_steps,
     )

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from typing import Any
 
 import torch
 
 from ..bench.console import Progress
 from ..bench.store import Row
 from ..demo.model import SmallModel
-from ..demo.training import Training
+from ..demo.training import LossOfStep, Training
 from .tasks import Task
 
 _POINTS = 100  # of a curve
@@ -40,7 +39,9 @@ def planned_steps(
 def compile_kernels(task: Task, kinds: Iterable[str], device: torch.device) -> None:
     """Run every model once, so that compilation takes its time from no comparison in particular."""
     for kind in kinds:
-        task.loss(SmallModel(task.config, kind).to(device)).backward()
+        model = SmallModel(task.config, kind).to(device)
+        for part in (task, *(lesson for _, lesson in task.lessons())):
+            part.loss(model).backward()
 
 
 def compare(
@@ -70,12 +71,18 @@ def compare(
     step_seconds = [training.seconds_per_step() for _, _, training, _ in prepared]
     if steps is None:
         test_batches = -(-task.test_samples // task.batch)
-        left = deadline - time.perf_counter()
+        taught = sum(
+            count * training.seconds_per_step(loss_of_step=loss)
+            for _, model, training, _ in prepared
+            for count, loss in _lessons(task, model)
+        )
+        left = deadline - time.perf_counter() - taught
         steps = planned_steps(task.steps, left, step_seconds, test_batches)
     for (kind, model, training, recorded), seconds in zip(prepared, step_seconds, strict=True):
+        lessons = _lessons(task, model)
         torch.manual_seed(seed)
-        with Progress(f"{task.name} {kind}", steps) as bar:
-            losses = training.run(steps, task.learning_rate, bar)
+        with Progress(f"{task.name} {kind}", steps + sum(count for count, _ in lessons)) as bar:
+            losses = training.run(steps, task.learning_rate, bar, lessons)
         torch.manual_seed(seed + _TEST_SEED)
         yield {
             "case": task.name,
@@ -127,8 +134,12 @@ def _prepare(
     return model, training, "yes"
 
 
-def _loss_of_step(task: Task, model: SmallModel) -> Callable[[int], Any]:
+def _loss_of_step(task: Task, model: SmallModel) -> LossOfStep:
     return lambda _: task.loss(model)
+
+
+def _lessons(task: Task, model: SmallModel) -> list[tuple[int, LossOfStep]]:
+    return [(steps, _loss_of_step(lesson, model)) for steps, lesson in task.lessons()]
 
 
 def _shape(task: Task) -> dict[str, int]:

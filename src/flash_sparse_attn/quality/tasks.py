@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +55,10 @@ class Task(ABC):
     @abstractmethod
     def facts(self) -> dict[str, Any]:
         """What else a row has to say about the data."""
+
+    def lessons(self) -> Sequence[tuple[int, Task]]:
+        """Easier tasks for the same model, each with its steps, that come before."""
+        return ()
 
     @abstractmethod
     def loss(self, model: SmallModel) -> Tensor:
