@@ -42,7 +42,7 @@ TARGETS = {
     "gfx942": ("gfx942", "gfx942", 65_536),
 }
 # Bytes of stack. Some of the fastest kernels spill a little outside their inner loops.
-MAX_STACK = {"copied": 256, "gathered": 272, "keys": 272}
+MAX_STACK = {"copied": 256, "gathered": 272, "keys": 272, "pairs": 400}
 # The kernels whose wgmma are known to wait for each other.
 SERIALIZED = {("sm_90", 256, "grad_query", slots) for slots in ("copied", "keys")}
 
@@ -71,7 +71,7 @@ def signature(kernel: Any, constants: dict[str, Any]) -> tuple[dict, dict, dict]
     if constants["SLOTS"] == "keys":
         block = (1, constants["BLOCK_N"], 1, constants["BLOCK_D"])
     tile = (1, constants["BLOCK_M"] // constants["GROUP"], constants["GROUP"], constants["BLOCK_D"])
-    absent = ["ptr_epochs", "ptr_mask", "ptr_pairs"]
+    absent = ["ptr_epochs", "ptr_pairs", *([] if constants["HAS_MASK"] else ["ptr_mask"])]
     copied = ("ptr_start", "ptr_expiry", "ptr_visible", "ptr_entered", "ptr_slot_bias")
     if constants["SLOTS"] == "copied":
         absent += ["ptr_bits", "ptr_lists", "ptr_bias"]
@@ -102,6 +102,7 @@ def signature(kernel: Any, constants: dict[str, Any]) -> tuple[dict, dict, dict]
         elif name.startswith(("ptr_", "slots_", "tiles_")):
             is_half = name in half or name.startswith(("slots_", "tiles_"))
             types[name] = "*bf16" if is_half else "*fp32" if name.startswith(single) else "*i32"
+            types[name] = "*i1" if name == "ptr_mask" else types[name]
             attributes[(index,)] = [["tt.divisibility", 16]]
         elif name in ("scale", "softcap", "softmax_scale"):
             types[name] = "fp32"
@@ -141,13 +142,16 @@ def stack_frame(notes: str) -> int:
 
 
 def _tiles(row: str, head_dim: int, name: str, slots: str) -> config.TileConfig:
-    tiles = config.tiles_for(row, head_dim)
+    tiles = config.tiles_for(row, head_dim, slots == "pairs")
     return tiles.forward_of(slots) if name == "forward" else getattr(tiles, name)
 
 
 @cache
 def compiled(target: str, head_dim: int, name: str, slots: str = "copied") -> Compiled:
-    """The kernel of the table for a target, bf16, groups of 4, with a bias per key."""
+    """The kernel of the table for a target, bf16, groups of 4, with a bias per key.
+
+    ``"pairs"`` are slots that are the keys, with a mask and a bias that depend on the query.
+    """
     arch, row, _ = TARGETS[target]
     tiles = _tiles(row, head_dim, name, slots)
     flags = ("ALIGNED", "ALIGNED_KV", "GRAD_ALIGNED", "HAS_NORM", "NEEDS_QUERY")
@@ -155,12 +159,15 @@ def compiled(target: str, head_dim: int, name: str, slots: str = "copied") -> Co
     constants = {
         "HEADS_KV": 8, "GROUP": 4, "GROUP_PAD": 1, "D": head_dim, "SLOT_D": head_dim,
         "BLOCK_D": config.padded_head_dim(head_dim), "BLOCK_M": tiles.block_m,
-        "BLOCK_N": tiles.block_n, "STAGES": tiles.num_stages, "KEY_BIAS": "kv head",
-        "PAIR_BIAS": False, "PAIR_GRAD": "none", "HAS_SOFTCAP": False, "CLAMPS": False,
-        "PACKED": False, "SLOTS": slots, "HAS_MASK": False, "MEMBERS": 1,
+        "BLOCK_N": tiles.block_n, "STAGES": tiles.num_stages,
+        "KEY_BIAS": "none" if slots == "pairs" else "kv head",
+        "PAIR_BIAS": slots == "pairs", "PAIR_GRAD": "none", "HAS_SOFTCAP": False,
+        "CLAMPS": False, "PACKED": False, "SLOTS": "keys" if slots == "pairs" else slots,
+        "HAS_MASK": slots == "pairs", "ROWS": slots == "pairs", "MEMBERS": 1,
         "WORDS": max(1, tiles.block_m // 4 // 32),
         "TMA": tiles.uses_tma and slots != "gathered", "TMA_Q": tiles.uses_tma,
         "TMA_GRAD": tiles.uses_tma, **dict.fromkeys(flags + needs, True),
+        "NEEDS_BIAS": slots != "pairs",
     }  # fmt: skip
     kernel = KERNELS[name]
     source = ASTSource(kernel, *signature(kernel, constants))
@@ -228,6 +235,17 @@ def test_programs_on_a_multiprocessor(head_dim: int, name: str, programs: int) -
 def test_hopper_without_selection(name: str, slots: str) -> None:
     """The same for bool masks, and where the slots are the keys."""
     check("sm_90", 128, name, slots)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("head_dim", (64, 128))
+def test_hopper_with_pairs(head_dim: int, name: str) -> None:
+    """Aligned rows of masks and biases are fetched ahead, not one by one."""
+    check("sm_90", head_dim, name, "pairs")
+    code = compiled("sm_90", head_dim, name, "pairs").code
+    assert not re.search(r"\bLDG\.E\.U(8|16)\b", code)
+    if head_dim == 64:
+        assert len(re.findall(r"\b(STL|LDL)\b", code)) < 40
 
 
 @pytest.mark.heavy

@@ -183,6 +183,14 @@ CASES = {
     "keys, mask": Case("keys", bias=(1, 1, 70, 70)),
     "keys, head mask": Case("keys", heads=4, kv_heads=2, mask=(1, 4, 70, 70), bias=(1, 4, 1, 70)),
     "keys, mask of keys": Case("keys", batch=2, mask=(2, 1, 1, 70), is_causal=False),
+    "keys, aligned rows": Case("keys", keys=72, mask=(1, 1, 70, 72), bias=(1, 1, 70, 72)),
+    "keys, aligned rows of heads": Case(
+        "keys", batch=2, keys=88, heads=4, kv_heads=2, mask=(2, 4, 70, 88), bias=(1, 2, 70, 88),
+        is_causal=False,
+    ),
+    "keys, aligned mask": Case("keys", keys=64, mask=(1, 1, 70, 64), uses_tma=True),
+    "keys, aligned mask of keys": Case("keys", keys=72, mask=(1, 1, 1, 72), bias=(1, 1, 1, 72)),
+    "keys, aligned bias": Case("keys", keys=72, mask=None, bias=(1, 2, 70, 72), epoch=96),
     "packed": Case("keys", mask=None, heads=4, kv_heads=2, bias=(1, 2, 1, 70), packed=PACKED),
     "packed, mask": Case("keys", mask=(1, 1, 1, 70), is_causal=False, packed=PACKED),
     "keys, softcap": Case("keys", softcap=5.0, bias=(1, 1, 70, 70)),
@@ -216,6 +224,36 @@ def test_tiles_of_other_epochs() -> None:
     query = query.clone()
     query[:, 32:64] = torch.nan
     assert all(torch.equal(*pair) for pair in zip(run(query), expected, strict=True))
+
+
+@pytest.mark.parametrize("keys", [64, 70])
+def test_hidden_keys_hold_nan(keys: int) -> None:
+    """What no row of the mask shows changes nothing, whether its rows are aligned or not."""
+    torch.manual_seed(0)
+    query = torch.randn(1, 40, 2, 16)
+    key, value = (torch.randn(1, keys, 1, 16) for _ in range(2))
+    mask = torch.rand(1, 1, 40, keys) < 0.4
+    mask[..., ::3] = False
+    bias = torch.randn(1, 1, 40, keys)
+    layout = MaskLayout.of(mask.shape, 40, keys, 2, 1, 1, "keys", 64)
+    plan = Plan.of([*[None] * 11, mask], layout.sizes, False)
+    tiles = Tiles(*(TileConfig(16, 16, 1, 1) for _ in range(3)))
+    call = Call(0.25, 0.0, Bias.of(bias, 2, 1))
+
+    def run() -> list[Tensor]:
+        tensors = (query, key, value)
+        out, lse, norm = forward(plan, *tensors, call, with_norm=True, config=tiles.forward)
+        grads = backward(
+            plan, *tensors, out, norm, torch.ones_like(out), call, Needs(bias=True), tiles=tiles
+        )
+        return [out, lse, *grads]
+
+    expected = run()
+    key[:, ::3], value[:, ::3], bias[..., ::3] = torch.nan, torch.nan, torch.nan
+    assert all(torch.equal(*pair) for pair in zip(run(), expected, strict=True))
+    value[:, 1] = torch.nan
+    sees = mask[0, 0, :, 1] & (torch.arange(40) + keys - 40 >= 1)
+    assert sees.any() and run()[0][:, sees].isnan().all()
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered")  # below the largest it is -inf

@@ -12,7 +12,7 @@ from .config import Tiles, architecture_of, tiles_for
 from .grad_key import run_grad_key
 from .grad_pair import run_grad_pair
 from .grad_query import Saved, run_grad_query
-from .inputs import Call
+from .inputs import Call, pair_tensors
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,9 @@ def backward(
         Gradients of query, key and value, contiguous, and of the bias in its shape and dtype;
         ``None`` for those not asked for.
     """
-    tiles = tiles or tiles_for(architecture_of(query.device), query.shape[-1])
+    if tiles is None:
+        reads_pairs = bool(pair_tensors(plan, call))
+        tiles = tiles_for(architecture_of(query.device), query.shape[-1], reads_pairs)
     delta = torch.empty(norm.shape[1:], dtype=torch.float32, device=norm.device)
     saved = Saved(query, key, value, out, grad_out, norm, delta)
     bias = call.bias if needs.bias else None

@@ -18,7 +18,15 @@ from torch import Tensor
 from ...plan import Plan
 from .block_lists import tile_lists
 from .config import TileConfig, architecture_of, padded_head_dim, role_config, tiles_for
-from .inputs import Call, is_aligned, mask_strides, plan_flags, words_of_tile
+from .inputs import (
+    Call,
+    has_rows,
+    is_aligned,
+    mask_strides,
+    pair_tensors,
+    plan_flags,
+    words_of_tile,
+)
 from .launch import launch
 from .slots import slot_chunks, slot_dim, slots_of, uses_descriptors
 from .tiles import (
@@ -31,6 +39,7 @@ from .tiles import (
     load_rows,
     load_slots,
     log2_bias,
+    near_rows,
     row_and_rest,
     row_offsets,
     scaled_scores,
@@ -50,8 +59,10 @@ def _attend(
     key_0, num_keys, ptr_slot_bias, ptr_bias, stride_member, sbg, sbn, ptr_mask, smn, scale,
     softcap,
     MASKED: tl.constexpr,
+    CLEARS: tl.constexpr,
     SLOTS: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    ROWS: tl.constexpr,
     CLAMPS: tl.constexpr,
     MEMBERS: tl.constexpr,
     WORDS: tl.constexpr,
@@ -65,7 +76,11 @@ def _attend(
     ALIGNED_KV: tl.constexpr,
     TMA: tl.constexpr,
 ):  # fmt: skip
-    """Attend to one block of slots. Returns the new peak, total and accumulator."""
+    """Attend to one block of slots. Returns the new peak, total and accumulator.
+
+    On demand values that no row of the tile sees count as 0: such may hold anything.
+    """
+    HIDES: tl.constexpr = MASKED or (HAS_MASK and ROWS)
     slot = block * BLOCK_N + tl.arange(0, BLOCK_N)  # [N]
     key = slot
     if SLOTS != "copied" or PAIR_BIAS:
@@ -97,27 +112,96 @@ def _attend(
         else:
             start, expiry = slot_intervals(ptr_start, ptr_expiry, slot, num_keys, SLOTS, CLAMPS)
             sees = (start[None, :] <= at[:, None]) & (at[:, None] < expiry[None, :])
-            if HAS_MASK:
+            if HAS_MASK and not ROWS:
                 sees &= mask_row[:, None]
                 offs = (key.to(tl.int64) * smn)[None, :]
                 sees &= tl.load(ptr_mask + offs, mask=sees, other=0) != 0
+    if HAS_MASK and ROWS:
+        near = near_rows(slot, at, mask_row, num_keys, MASKED, CLAMPS, False)
+        shown = tl.load(ptr_mask + slot[None, :], mask=near, other=0) != 0
+        sees = sees & shown if MASKED else shown
     if PAIR_BIAS:
-        seen = mask_row[:, None] & (key >= 0)[None, :]
-        if MASKED:
-            seen &= sees
-        pair = tl.load(ptr_bias + (key.to(tl.int64) * sbn)[None, :], mask=seen, other=0.0)
+        if ROWS:
+            # Not only what the mask shows: the loads need not wait for it.
+            near = near_rows(slot, at, mask_row, num_keys, MASKED, CLAMPS, False)
+            pair = tl.load(ptr_bias + slot[None, :], mask=near, other=0.0)
+        else:
+            seen = mask_row[:, None] & (key >= 0)[None, :]
+            if MASKED:
+                seen &= sees
+            pair = tl.load(ptr_bias + (key.to(tl.int64) * sbn)[None, :], mask=seen, other=0.0)
         scores += log2_bias(pair)
-    if MASKED:
+    if HIDES:
         scores = tl.where(sees, scores, float("-inf"))
     probs, factor, peak, total = softmax_update(scores, peak, total)
     v = load_slots(
         slots_v, slot_base, block, key, i_batch, i_head, svn, SLOTS, D, SLOT_D, BLOCK_N, BLOCK_D,
         ALIGNED_KV, TMA,
     )  # [N, D]  # fmt: skip
-    if HAS_MASK and MASKED:
-        # A key that nobody sees may hold anything: 0 * NaN is NaN.
+    if HIDES and CLEARS:
         v = tl.where((tl.max(sees.to(tl.int32), 0) > 0)[:, None], v, 0.0)
     acc = tl.dot(probs.to(v.dtype), v, acc * factor[:, None])
+    return peak, total, acc
+
+
+@triton.jit
+def _walk(
+    q, num_full, num_old, num_new, old_slots, ptr_lists, at, i_query, i_group, mask_row, i_batch,
+    i_head, slots_k, slots_v, slot_base, skn, svn, ptr_key, ptr_start, ptr_expiry, ptr_bits,
+    word_0, num_words, num_slots, key_0, num_keys, ptr_slot_bias, ptr_bias, stride_member, sbg,
+    sbn, ptr_mask, smn, scale, softcap,
+    CLEARS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    ROWS: tl.constexpr,
+    CLAMPS: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    WORDS: tl.constexpr,
+    KEY_BIAS: tl.constexpr,
+    PAIR_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    D: tl.constexpr,
+    SLOT_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
+    ALIGNED_KV: tl.constexpr,
+    TMA: tl.constexpr,
+):  # fmt: skip
+    """Attend to all blocks of a tile. Returns peak, total and accumulator."""
+    peak = tl.full([BLOCK_M], LOWEST, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    # Without these conditions ptxas finds a path into the loops on which it has to copy
+    # accumulators, and then serializes every wgmma.
+    if num_full > 0:
+        for i in tl.range(0, num_full, num_stages=STAGES):
+            block = tl.load(ptr_lists + 2 + i) if SLOTS == "gathered" else i
+            peak, total, acc = _attend(
+                q, peak, total, acc, block, at, i_query, i_group, mask_row, i_batch, i_head,
+                slots_k, slots_v, slot_base, skn, svn, ptr_key, ptr_start, ptr_expiry, ptr_bits,
+                word_0, num_words, num_slots, key_0, num_keys, ptr_slot_bias, ptr_bias,
+                stride_member, sbg, sbn, ptr_mask, smn, scale, softcap, False, CLEARS, SLOTS,
+                HAS_MASK, ROWS, CLAMPS, MEMBERS, WORDS, KEY_BIAS, PAIR_BIAS, HAS_SOFTCAP, D, SLOT_D,
+                BLOCK_N, BLOCK_D, ALIGNED_KV, TMA,
+            )  # fmt: skip
+    num_border = num_old - num_full
+    new_block = old_slots // BLOCK_N - num_border
+    if num_border + num_new > 0:
+        for i in tl.range(0, num_border + num_new, num_stages=STAGES):
+            if SLOTS == "gathered":
+                block = tl.load(ptr_lists + 2 + num_full + i)
+            else:
+                block = tl.where(i < num_border, num_full + i, new_block + i)
+            peak, total, acc = _attend(
+                q, peak, total, acc, block, at, i_query, i_group, mask_row, i_batch, i_head,
+                slots_k, slots_v, slot_base, skn, svn, ptr_key, ptr_start, ptr_expiry, ptr_bits,
+                word_0, num_words, num_slots, key_0, num_keys, ptr_slot_bias, ptr_bias,
+                stride_member, sbg, sbn, ptr_mask, smn, scale, softcap, True, CLEARS, SLOTS,
+                HAS_MASK, ROWS, CLAMPS, MEMBERS, WORDS, KEY_BIAS, PAIR_BIAS, HAS_SOFTCAP, D, SLOT_D,
+                BLOCK_N, BLOCK_D, ALIGNED_KV, TMA,
+            )  # fmt: skip
     return peak, total, acc
 
 
@@ -156,6 +240,7 @@ def forward_kernel(
     STAGES: tl.constexpr,
     SLOTS: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    ROWS: tl.constexpr,
     MEMBERS: tl.constexpr,
     WORDS: tl.constexpr,
     KEY_BIAS: tl.constexpr,
@@ -197,7 +282,7 @@ def forward_kernel(
             )
         elif SLOTS == "keys":
             num_full, num_old, num_new = key_blocks(
-                position + begin, position + last, num_keys, CLAMPS, HAS_MASK, BLOCK_N
+                position + begin, position + last, num_keys, CLAMPS, HAS_MASK and not ROWS, BLOCK_N
             )
         else:
             ptr_lists += ((plan_row * num_epochs + i_epoch) * num_tiles + i_tile) * (
@@ -226,44 +311,36 @@ def forward_kernel(
     elif SLOTS == "copied" and KEY_BIAS == "head":
         ptr_slot_bias += (i_local * GROUP * num_lists + i_list) * num_slots
     elif PAIR_BIAS or KEY_BIAS != "none":
-        ptr_bias += i_batch * sbb + i_head * sbk
+        ALIGNED_BIAS: tl.constexpr = ROWS and PAIR_BIAS
+        ptr_bias += row_offsets(i_batch, sbb, ALIGNED_BIAS)
+        ptr_bias += row_offsets(i_head, sbk, ALIGNED_BIAS)
     if PAIR_BIAS:
-        ptr_bias = ptr_bias + (i_group * sbg + (first + i_query) * sbq)[:, None]
+        offs = row_offsets(i_group, sbg, ROWS) + row_offsets(first + i_query, sbq, ROWS)
+        ptr_bias = ptr_bias + offs[:, None]
     if HAS_MASK:
-        ptr_mask += i_batch * smb + i_head * smk
-        ptr_mask = ptr_mask + (i_group * smg + (first + i_query) * smq)[:, None]
+        ptr_mask += row_offsets(i_batch, smb, ROWS) + row_offsets(i_head, smk, ROWS)
+        offs = row_offsets(i_group, smg, ROWS) + row_offsets(first + i_query, smq, ROWS)
+        ptr_mask = ptr_mask + offs[:, None]
 
-    peak = tl.full([BLOCK_M], LOWEST, tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    # Without these conditions ptxas finds a path into the loops on which it has to copy
-    # accumulators, and then serializes every wgmma.
-    if num_full > 0:
-        for i in tl.range(0, num_full, num_stages=STAGES):
-            block = tl.load(ptr_lists + 2 + i) if SLOTS == "gathered" else i
-            peak, total, acc = _attend(
-                q, peak, total, acc, block, at, i_query, i_group, mask_row, i_batch, i_head,
-                slots_k, slots_v, slot_base, skn, svn, ptr_key, ptr_start, ptr_expiry, ptr_bits,
-                word_0, num_words, num_slots, key_0, num_keys, ptr_slot_bias, ptr_bias,
-                stride_member, sbg, sbn, ptr_mask, smn, scale, softcap, False, SLOTS, HAS_MASK,
-                CLAMPS, MEMBERS, WORDS, KEY_BIAS, PAIR_BIAS, HAS_SOFTCAP, D, SLOT_D, BLOCK_N,
-                BLOCK_D, ALIGNED_KV, TMA,
-            )  # fmt: skip
-    num_border = num_old - num_full
-    new_block = old_slots // BLOCK_N - num_border
-    if num_border + num_new > 0:
-        for i in tl.range(0, num_border + num_new, num_stages=STAGES):
-            if SLOTS == "gathered":
-                block = tl.load(ptr_lists + 2 + num_full + i)
-            else:
-                block = tl.where(i < num_border, num_full + i, new_block + i)
-            peak, total, acc = _attend(
-                q, peak, total, acc, block, at, i_query, i_group, mask_row, i_batch, i_head,
-                slots_k, slots_v, slot_base, skn, svn, ptr_key, ptr_start, ptr_expiry, ptr_bits,
-                word_0, num_words, num_slots, key_0, num_keys, ptr_slot_bias, ptr_bias,
-                stride_member, sbg, sbn, ptr_mask, smn, scale, softcap, True, SLOTS, HAS_MASK,
-                CLAMPS, MEMBERS, WORDS, KEY_BIAS, PAIR_BIAS, HAS_SOFTCAP, D, SLOT_D, BLOCK_N,
-                BLOCK_D, ALIGNED_KV, TMA,
+    # 0 * NaN is NaN: only if one came out, keys that nobody in the tile sees are cleared.
+    peak, total, acc = _walk(
+        q, num_full, num_old, num_new, old_slots, ptr_lists, at, i_query, i_group, mask_row,
+        i_batch, i_head, slots_k, slots_v, slot_base, skn, svn, ptr_key, ptr_start, ptr_expiry,
+        ptr_bits, word_0, num_words, num_slots, key_0, num_keys, ptr_slot_bias, ptr_bias,
+        stride_member, sbg, sbn, ptr_mask, smn, scale, softcap, False, SLOTS, HAS_MASK, ROWS,
+        CLAMPS, MEMBERS, WORDS, KEY_BIAS, PAIR_BIAS, HAS_SOFTCAP, D, SLOT_D, BLOCK_M, BLOCK_N,
+        BLOCK_D, STAGES, ALIGNED_KV, TMA,
+    )  # fmt: skip
+    if HAS_MASK:
+        has_nan = tl.max(tl.max((acc != acc).to(tl.int32), 1), 0)
+        if has_nan > 0:
+            peak, total, acc = _walk(
+                q, num_full, num_old, num_new, old_slots, ptr_lists, at, i_query, i_group, mask_row,
+                i_batch, i_head, slots_k, slots_v, slot_base, skn, svn, ptr_key, ptr_start,
+                ptr_expiry, ptr_bits, word_0, num_words, num_slots, key_0, num_keys, ptr_slot_bias,
+                ptr_bias, stride_member, sbg, sbn, ptr_mask, smn, scale, softcap, True, SLOTS,
+                HAS_MASK, ROWS, CLAMPS, MEMBERS, WORDS, KEY_BIAS, PAIR_BIAS, HAS_SOFTCAP, D,
+                SLOT_D, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, ALIGNED_KV, TMA,
             )  # fmt: skip
 
     is_empty = total == 0
@@ -329,7 +406,9 @@ def forward(
         norm = torch.empty(2, *lse.shape, dtype=torch.float32, device=query.device)
         peak, share = norm[0], norm[1]
     if config is None:
-        config = tiles_for(architecture_of(query.device), head_dim).forward_of(plan.slots)
+        reads_pairs = bool(pair_tensors(plan, call))
+        tiles = tiles_for(architecture_of(query.device), head_dim, reads_pairs)
+        config = tiles.forward_of(plan.slots)
     num_tiles = triton.cdiv(plan.epoch_len * group, config.block_m)
     lists = tile_lists(plan, group, num_tiles, config.block_m, config.block_n)
     uses_tma = uses_descriptors(plan, key, value, config)
@@ -345,6 +424,7 @@ def forward(
             *mask_strides(plan, heads_kv, group), HEADS_KV=heads_kv, GROUP=group, D=head_dim,
             SLOT_D=slot_dim(head_dim), BLOCK_D=padded_head_dim(head_dim), BLOCK_M=config.block_m,
             BLOCK_N=config.block_n, STAGES=config.num_stages, **plan_flags(plan),
+            ROWS=has_rows(plan, call),
             WORDS=words_of_tile(config.block_m, group), **call.flags, HAS_NORM=with_norm,
             PACKED=plan.epochs is not None, ALIGNED=is_aligned(query),
             ALIGNED_KV=is_aligned(key, value), TMA=uses_tma, **config.options,

@@ -28,7 +28,7 @@ from .config import (
     partial_rows,
 )
 from .grad_query import Saved, num_query_tiles
-from .inputs import Call, is_aligned, mask_strides, plan_flags, query_tiles, words_of_tile
+from .inputs import Call, has_rows, is_aligned, mask_strides, plan_flags, query_tiles, words_of_tile
 from .launch import launch
 from .reduce import reduce_kernel
 from .slots import slots_of
@@ -40,6 +40,7 @@ from .tiles import (
     load_grads,
     load_rows,
     log2_bias,
+    near_rows,
     row_and_rest,
     row_offsets,
     scaled_scores,
@@ -55,12 +56,13 @@ _INF = tl.constexpr(float("inf"))
 @triton.jit
 def _add_tile(
     k, v, bias, start, expiry, grad_k, grad_v, grad_bias, i_tile, i_batch, i_head, first, num,
-    position, slot, key, tiles_q, tiles_grad, ptr_peak, ptr_share, ptr_delta, ptr_bits, num_words,
-    num_slots, ptr_slot_bias, ptr_bias, ptr_mask, stride_member, sqn, sqh, sgn, sgh, sgd, sbg, sbq,
-    sbn, smg, smq, smn, scale, softcap,
+    position, slot, key, num_keys, tiles_q, tiles_grad, ptr_peak, ptr_share, ptr_delta, ptr_bits,
+    num_words, num_slots, ptr_slot_bias, ptr_bias, ptr_mask, stride_member, sqn, sqh, sgn, sgh,
+    sgd, sbg, sbq, sbn, smg, smq, smn, scale, softcap,
     MASKED: tl.constexpr,
     SLOTS: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    ROWS: tl.constexpr,
     MEMBERS: tl.constexpr,
     WORDS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -82,6 +84,9 @@ def _add_tile(
     """Add the contribution of one query tile to the gradients of a block of slots."""
     row, i_query, i_group = tile_rows(i_tile, GROUP, BLOCK_M)  # [M]
     mask_row = row < num * GROUP
+    at = position + i_query
+    if CLAMPS:
+        at = tl.maximum(at, 0)
     offs_head = i_head * GROUP + i_group
     query_0 = first + i_tile * (BLOCK_M // GROUP)
     if TMA_Q:
@@ -128,22 +133,29 @@ def _add_tile(
                 True,
             )  # fmt: skip
         else:
-            at = position + i_query
-            if CLAMPS:
-                at = tl.maximum(at, 0)
             sees = (start[:, None] <= at[None, :]) & (at[None, :] < expiry[:, None])
             if HAS_MASK:
                 sees &= mask_row[None, :]
-                offs = i_group * smg + (first + i_query) * smq
-                offs = (key.to(tl.int64) * smn)[:, None] + offs[None, :]
-                sees &= tl.load(ptr_mask + offs, mask=sees, other=0) != 0
+                offs = row_offsets(i_group, smg, ROWS) + row_offsets(first + i_query, smq, ROWS)
+                if ROWS:
+                    near = near_rows(slot, at, mask_row, num_keys, MASKED, CLAMPS, True)
+                    offs = offs[None, :] + slot[:, None]
+                    sees &= tl.load(ptr_mask + offs, mask=near, other=0) != 0
+                else:
+                    offs = (key.to(tl.int64) * smn)[:, None] + offs[None, :]
+                    sees &= tl.load(ptr_mask + offs, mask=sees, other=0) != 0
     if PAIR_BIAS:
-        offs = i_group * sbg + (first + i_query) * sbq
-        seen = (key >= 0)[:, None] & mask_row[None, :]
-        if MASKED:
-            seen &= sees
-        offs = (key.to(tl.int64) * sbn)[:, None] + offs[None, :]
-        scores += log2_bias(tl.load(ptr_bias + offs, mask=seen, other=0.0))
+        offs = row_offsets(i_group, sbg, ROWS) + row_offsets(first + i_query, sbq, ROWS)
+        if ROWS:
+            near = near_rows(slot, at, mask_row, num_keys, MASKED, CLAMPS, True)
+            pair = tl.load(ptr_bias + (offs[None, :] + slot[:, None]), mask=near, other=0.0)
+        else:
+            seen = (key >= 0)[:, None] & mask_row[None, :]
+            if MASKED:
+                seen &= sees
+            offs = (key.to(tl.int64) * sbn)[:, None] + offs[None, :]
+            pair = tl.load(ptr_bias + offs, mask=seen, other=0.0)
+        scores += log2_bias(pair)
     if MASKED:
         scores = tl.where(sees, scores, -_INF)
     probs = tl.exp2(scores - peak[None, :]) * share[None, :]
@@ -209,6 +221,7 @@ def grad_key_kernel(
     STAGES: tl.constexpr,
     SLOTS: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    ROWS: tl.constexpr,
     MEMBERS: tl.constexpr,
     WORDS: tl.constexpr,
     KEY_BIAS: tl.constexpr,
@@ -279,7 +292,7 @@ def grad_key_kernel(
             full_1 = tl.where(to_all >= num, tile_1, to_all * GROUP // BLOCK_M)
             full_1 = tl.maximum(tl.minimum(full_1, tile_1), full_0)
             if HAS_MASK:
-                full_1 = full_0
+                full_1 = full_0  # with a second loop ptxas serializes wgmma
             num_before = full_0 - tile_0
             num_border = num_before + tile_1 - full_1
 
@@ -303,7 +316,9 @@ def grad_key_kernel(
         stride_member = num_lists.to(tl.int64) * num_slots
         slot_list = i_local * num_lists + i_epoch % num_lists
         if PAIR_BIAS or (SLOTS != "copied" and KEY_BIAS != "none"):
-            ptr_bias += i_batch * sbb + i_head * sbk
+            ALIGNED_BIAS: tl.constexpr = ROWS and PAIR_BIAS
+            ptr_bias += row_offsets(i_batch, sbb, ALIGNED_BIAS)
+            ptr_bias += row_offsets(i_head, sbk, ALIGNED_BIAS)
         if KEY_BIAS == "kv head":
             if SLOTS == "copied":
                 bias = tl.load(ptr_slot_bias + slot_list * num_slots + slot)
@@ -316,7 +331,7 @@ def grad_key_kernel(
                 ptr_slot_bias += slot_list * num_slots + slot_0
             grad_bias = tl.zeros([BLOCK_N, GROUP_PAD], tl.float32)
         if HAS_MASK:
-            ptr_mask += i_batch * smb + i_head * smk
+            ptr_mask += row_offsets(i_batch, smb, ROWS) + row_offsets(i_head, smk, ROWS)
 
         grad_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         grad_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -326,12 +341,13 @@ def grad_key_kernel(
                 tile = tl.load(ptr_lists + 2 + i) if SLOTS == "gathered" else i
                 grad_k, grad_v, grad_bias = _add_tile(
                     k, v, bias, start, expiry, grad_k, grad_v, grad_bias, tile, i_batch, i_head,
-                    first, num, position, slot, key, tiles_q, tiles_grad, ptr_peak, ptr_share,
-                    ptr_delta, ptr_bits, num_words, num_slots, ptr_slot_bias, ptr_bias, ptr_mask,
+                    first, num, position, slot, key, num_keys, tiles_q, tiles_grad, ptr_peak,
+                    ptr_share, ptr_delta, ptr_bits, num_words, num_slots, ptr_slot_bias, ptr_bias,
+                    ptr_mask,
                     stride_member, sqn, sqh, sgn, sgh, sgd, sbg, sbq, sbn, smg, smq, smn, scale,
-                    softcap, False, SLOTS, HAS_MASK, MEMBERS, WORDS, GROUP, D, BLOCK_D, BLOCK_M,
-                    KEY_BIAS, PAIR_BIAS, HAS_SOFTCAP, NEEDS_KEY, NEEDS_VALUE, NEEDS_BIAS, CLAMPS,
-                    ALIGNED, GRAD_ALIGNED, TMA_Q, TMA_GRAD,
+                    softcap, False, SLOTS, HAS_MASK, ROWS, MEMBERS, WORDS, GROUP, D, BLOCK_D,
+                    BLOCK_M, KEY_BIAS, PAIR_BIAS, HAS_SOFTCAP, NEEDS_KEY, NEEDS_VALUE, NEEDS_BIAS,
+                    CLAMPS, ALIGNED, GRAD_ALIGNED, TMA_Q, TMA_GRAD,
                 )  # fmt: skip
         if num_border > 0:
             for i in tl.range(0, num_border, num_stages=STAGES):
@@ -341,12 +357,13 @@ def grad_key_kernel(
                     tile = tl.where(i < num_before, tile_0 + i, full_1 - num_before + i)
                 grad_k, grad_v, grad_bias = _add_tile(
                     k, v, bias, start, expiry, grad_k, grad_v, grad_bias, tile, i_batch, i_head,
-                    first, num, position, slot, key, tiles_q, tiles_grad, ptr_peak, ptr_share,
-                    ptr_delta, ptr_bits, num_words, num_slots, ptr_slot_bias, ptr_bias, ptr_mask,
+                    first, num, position, slot, key, num_keys, tiles_q, tiles_grad, ptr_peak,
+                    ptr_share, ptr_delta, ptr_bits, num_words, num_slots, ptr_slot_bias, ptr_bias,
+                    ptr_mask,
                     stride_member, sqn, sqh, sgn, sgh, sgd, sbg, sbq, sbn, smg, smq, smn, scale,
-                    softcap, True, SLOTS, HAS_MASK, MEMBERS, WORDS, GROUP, D, BLOCK_D, BLOCK_M,
-                    KEY_BIAS, PAIR_BIAS, HAS_SOFTCAP, NEEDS_KEY, NEEDS_VALUE, NEEDS_BIAS, CLAMPS,
-                    ALIGNED, GRAD_ALIGNED, TMA_Q, TMA_GRAD,
+                    softcap, True, SLOTS, HAS_MASK, ROWS, MEMBERS, WORDS, GROUP, D, BLOCK_D,
+                    BLOCK_M, KEY_BIAS, PAIR_BIAS, HAS_SOFTCAP, NEEDS_KEY, NEEDS_VALUE, NEEDS_BIAS,
+                    CLAMPS, ALIGNED, GRAD_ALIGNED, TMA_Q, TMA_GRAD,
                 )  # fmt: skip
 
         out = (i_local * num_epochs + i_epoch) * num_slots + slot
@@ -427,6 +444,7 @@ def run_grad_key(
             GROUP_PAD=triton.next_power_of_2(members), D=head_dim,
             BLOCK_D=padded_head_dim(head_dim), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
             STAGES=config.num_stages, **plan_flags(plan),
+            ROWS=has_rows(plan, call),
             WORDS=words_of_tile(config.block_m, group), **call.flags, **flags,
             PACKED=plan.epochs is not None, ALIGNED=is_aligned(query),
             ALIGNED_KV=is_aligned(key, value), GRAD_ALIGNED=is_aligned(saved.grad_out),

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...plan import Plan
 from .block_lists import tile_lists
 from .config import TileConfig, padded_head_dim
-from .inputs import Call, is_aligned, mask_strides, plan_flags, words_of_tile
+from .inputs import Call, has_rows, is_aligned, mask_strides, plan_flags, words_of_tile
 from .launch import launch
 from .slots import slot_chunks, slot_dim, slots_of, uses_descriptors
 from .tiles import (
@@ -29,6 +29,7 @@ from .tiles import (
     load_rows,
     load_slots,
     log2_bias,
+    near_rows,
     row_and_rest,
     row_offsets,
     scaled_scores,
@@ -49,8 +50,10 @@ def _add_block(
     num_words, num_slots, key_0, num_keys, ptr_slot_bias, ptr_bias, ptr_pairs, stride_member, sbg,
     sbn, ptr_mask, smn, scale, softcap,
     MASKED: tl.constexpr,
+    CLEARS: tl.constexpr,
     SLOTS: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    ROWS: tl.constexpr,
     CLAMPS: tl.constexpr,
     MEMBERS: tl.constexpr,
     WORDS: tl.constexpr,
@@ -66,7 +69,11 @@ def _add_block(
     ALIGNED_KV: tl.constexpr,
     TMA: tl.constexpr,
 ):  # fmt: skip
-    """Add the contribution of one block of slots to dQ, and store the gradient of its scores."""
+    """Add the contribution of one block of slots to dQ, and store the gradient of its scores.
+
+    On demand keys that no row of the tile sees count as 0: such may hold anything.
+    """
+    HIDES: tl.constexpr = MASKED or (HAS_MASK and ROWS)
     slot = block * BLOCK_N + tl.arange(0, BLOCK_N)  # [N]
     key = slot
     if SLOTS != "copied" or PAIR_BIAS:
@@ -80,10 +87,14 @@ def _add_block(
         else:
             start, expiry = slot_intervals(ptr_start, ptr_expiry, slot, num_keys, SLOTS, CLAMPS)
             sees = (start[None, :] <= at[:, None]) & (at[:, None] < expiry[None, :])
-            if HAS_MASK:
+            if HAS_MASK and not ROWS:
                 sees &= mask_row[:, None]
                 offs = (key.to(tl.int64) * smn)[None, :]
                 sees &= tl.load(ptr_mask + offs, mask=sees, other=0) != 0
+    if HAS_MASK and ROWS:
+        near = near_rows(slot, at, mask_row, num_keys, MASKED, CLAMPS, False)
+        shown = tl.load(ptr_mask + slot[None, :], mask=near, other=0) != 0
+        sees = sees & shown if MASKED else shown
     k = load_slots(
         slots_k, slot_base, block, key, i_batch, i_head, skn, SLOTS, D, SLOT_D, BLOCK_N, BLOCK_D,
         ALIGNED_KV, TMA,
@@ -92,10 +103,8 @@ def _add_block(
         slots_v, slot_base, block, key, i_batch, i_head, svn, SLOTS, D, SLOT_D, BLOCK_N, BLOCK_D,
         ALIGNED_KV, TMA,
     )  # [N, D]  # fmt: skip
-    if HAS_MASK and MASKED:
-        # A key that nobody sees may hold anything: 0 * NaN is NaN.
-        is_seen = (tl.max(sees.to(tl.int32), 0) > 0)[:, None]
-        k, v = tl.where(is_seen, k, 0.0), tl.where(is_seen, v, 0.0)
+    if HIDES and CLEARS:
+        k = tl.where((tl.max(sees.to(tl.int32), 0) > 0)[:, None], k, 0.0)
     scores, tanh = scaled_scores(tl.dot(q, tl.trans(k)), scale, softcap, HAS_SOFTCAP)  # [M, N]
     if KEY_BIAS == "kv head":
         if SLOTS == "copied":
@@ -111,16 +120,23 @@ def _add_block(
             offs = (i_group * sbg)[:, None] + (key.to(tl.int64) * sbn)[None, :]
             scores += log2_bias(tl.load(ptr_bias + offs, mask=(key >= 0)[None, :], other=0.0))
     if PAIR_BIAS:
-        seen = mask_row[:, None] & (key >= 0)[None, :]
-        if MASKED:
-            seen &= sees
-        pair = tl.load(ptr_bias + (key.to(tl.int64) * sbn)[None, :], mask=seen, other=0.0)
+        if ROWS:
+            # Not only what the mask shows: the loads need not wait for it.
+            near = near_rows(slot, at, mask_row, num_keys, MASKED, CLAMPS, False)
+            pair = tl.load(ptr_bias + slot[None, :], mask=near, other=0.0)
+        else:
+            seen = mask_row[:, None] & (key >= 0)[None, :]
+            if MASKED:
+                seen &= sees
+            pair = tl.load(ptr_bias + (key.to(tl.int64) * sbn)[None, :], mask=seen, other=0.0)
         scores += log2_bias(pair)
-    if MASKED:
+    if HIDES:
         scores = tl.where(sees, scores, -_INF)
     probs = tl.exp2(scores - peak[:, None])  # times the row's share
     products = tl.dot(grad, tl.trans(v))
     grad_scores = probs * (products * share[:, None] - delta[:, None])  # [M, N]
+    if HAS_MASK and HIDES:
+        grad_scores = tl.where(sees, grad_scores, 0.0)  # a hidden value may hold NaN
     if PAIR_GRAD == "group":
         # The heads of a query lie side by side.
         pairs = tl.sum(grad_scores.reshape(grad_scores.shape[0] // GROUP, GROUP, BLOCK_N), 1)
@@ -130,6 +146,68 @@ def _add_block(
     if HAS_SOFTCAP:
         grad_scores *= 1.0 - tanh * tanh
     return tl.dot(grad_scores.to(k.dtype), k, acc)
+
+
+@triton.jit
+def _walk(
+    q, grad, peak, share, delta, num_full, num_old, num_new, old_slots, ptr_lists, at, i_query,
+    i_group, mask_row, i_batch, i_head, slots_k, slots_v, slot_base, skn, svn, ptr_key, ptr_start,
+    ptr_expiry, ptr_bits, word_0, num_words, num_slots, key_0, num_keys, ptr_slot_bias, ptr_bias,
+    ptr_pairs, stride_member, sbg, sbn, ptr_mask, smn, scale, softcap,
+    CLEARS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    ROWS: tl.constexpr,
+    CLAMPS: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    WORDS: tl.constexpr,
+    KEY_BIAS: tl.constexpr,
+    PAIR_BIAS: tl.constexpr,
+    PAIR_GRAD: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    D: tl.constexpr,
+    SLOT_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
+    ALIGNED_KV: tl.constexpr,
+    TMA: tl.constexpr,
+):  # fmt: skip
+    """Add the contributions of all blocks of a tile. Returns dQ before its scale."""
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    # The conditions keep wgmma asynchronous, see `forward.py`.
+    if num_full > 0:
+        for i in tl.range(0, num_full, num_stages=STAGES):
+            block = tl.load(ptr_lists + 2 + i) if SLOTS == "gathered" else i
+            acc = _add_block(
+                q, grad, peak, share, delta, acc, block, at, i_query, i_group, mask_row,
+                i_batch, i_head, slots_k, slots_v, slot_base, skn, svn, ptr_key, ptr_start,
+                ptr_expiry, ptr_bits, word_0, num_words, num_slots, key_0, num_keys,
+                ptr_slot_bias, ptr_bias, ptr_pairs, stride_member, sbg, sbn, ptr_mask, smn,
+                scale, softcap, False, CLEARS, SLOTS, HAS_MASK, ROWS, CLAMPS, MEMBERS, WORDS,
+                KEY_BIAS, PAIR_BIAS, PAIR_GRAD, GROUP, HAS_SOFTCAP, D, SLOT_D, BLOCK_N,
+                BLOCK_D, ALIGNED_KV, TMA,
+            )  # fmt: skip
+    num_border = num_old - num_full
+    new_block = old_slots // BLOCK_N - num_border
+    if num_border + num_new > 0:
+        for i in tl.range(0, num_border + num_new, num_stages=STAGES):
+            if SLOTS == "gathered":
+                block = tl.load(ptr_lists + 2 + num_full + i)
+            else:
+                block = tl.where(i < num_border, num_full + i, new_block + i)
+            acc = _add_block(
+                q, grad, peak, share, delta, acc, block, at, i_query, i_group, mask_row,
+                i_batch, i_head, slots_k, slots_v, slot_base, skn, svn, ptr_key, ptr_start,
+                ptr_expiry, ptr_bits, word_0, num_words, num_slots, key_0, num_keys,
+                ptr_slot_bias, ptr_bias, ptr_pairs, stride_member, sbg, sbn, ptr_mask, smn,
+                scale, softcap, True, CLEARS, SLOTS, HAS_MASK, ROWS, CLAMPS, MEMBERS, WORDS,
+                KEY_BIAS, PAIR_BIAS, PAIR_GRAD, GROUP, HAS_SOFTCAP, D, SLOT_D, BLOCK_N,
+                BLOCK_D, ALIGNED_KV, TMA,
+            )  # fmt: skip
+    return acc
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -172,6 +250,7 @@ def grad_query_kernel(
     STAGES: tl.constexpr,
     SLOTS: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    ROWS: tl.constexpr,
     MEMBERS: tl.constexpr,
     WORDS: tl.constexpr,
     KEY_BIAS: tl.constexpr,
@@ -234,8 +313,9 @@ def grad_query_kernel(
                 )
             elif SLOTS == "keys":
                 num_full, num_old, num_new = key_blocks(
-                    position + begin, position + last, num_keys, CLAMPS, HAS_MASK, BLOCK_N
-                )
+                    position + begin, position + last, num_keys, CLAMPS, HAS_MASK and not ROWS,
+                    BLOCK_N,
+                )  # fmt: skip
             else:
                 ptr_lists += ((plan_row * num_epochs + i_epoch) * num_tiles + i_tile) * (
                     num_slots // BLOCK_N + 2
@@ -264,12 +344,16 @@ def grad_query_kernel(
         elif SLOTS == "copied" and KEY_BIAS == "head":
             ptr_slot_bias += (i_local * GROUP * num_lists + i_list) * num_slots
         elif PAIR_BIAS or KEY_BIAS != "none":
-            ptr_bias += i_batch * sbb + i_head * sbk
+            ALIGNED_BIAS: tl.constexpr = ROWS and PAIR_BIAS
+            ptr_bias += row_offsets(i_batch, sbb, ALIGNED_BIAS)
+            ptr_bias += row_offsets(i_head, sbk, ALIGNED_BIAS)
         if PAIR_BIAS:
-            ptr_bias = ptr_bias + (i_group * sbg + (first + i_query) * sbq)[:, None]
+            offs = row_offsets(i_group, sbg, ROWS) + row_offsets(first + i_query, sbq, ROWS)
+            ptr_bias = ptr_bias + offs[:, None]
         if HAS_MASK:
-            ptr_mask += i_batch * smb + i_head * smk
-            ptr_mask = ptr_mask + (i_group * smg + (first + i_query) * smq)[:, None]
+            ptr_mask += row_offsets(i_batch, smb, ROWS) + row_offsets(i_head, smk, ROWS)
+            offs = row_offsets(i_group, smg, ROWS) + row_offsets(first + i_query, smq, ROWS)
+            ptr_mask = ptr_mask + offs[:, None]
         if PAIR_GRAD == "group":
             TILE: tl.constexpr = BLOCK_M // GROUP
             offs_pair = (i_local * num_now + i_now) * TILE + tl.arange(0, TILE)
@@ -278,36 +362,27 @@ def grad_query_kernel(
             offs_pair = (i_local * num_now + i_now) * BLOCK_M + tl.arange(0, BLOCK_M)
             ptr_pairs = ptr_pairs + (offs_pair * num_slots)[:, None]
 
-        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        # The conditions keep wgmma asynchronous, see `forward.py`.
-        if num_full > 0:
-            for i in tl.range(0, num_full, num_stages=STAGES):
-                block = tl.load(ptr_lists + 2 + i) if SLOTS == "gathered" else i
-                acc = _add_block(
-                    q, grad, peak, share, delta, acc, block, at, i_query, i_group, mask_row,
-                    i_batch, i_head, slots_k, slots_v, slot_base, skn, svn, ptr_key, ptr_start,
-                    ptr_expiry, ptr_bits, word_0, num_words, num_slots, key_0, num_keys,
-                    ptr_slot_bias, ptr_bias, ptr_pairs, stride_member, sbg, sbn, ptr_mask, smn,
-                    scale, softcap, False, SLOTS, HAS_MASK, CLAMPS, MEMBERS, WORDS, KEY_BIAS,
-                    PAIR_BIAS, PAIR_GRAD,
-                    GROUP, HAS_SOFTCAP, D, SLOT_D, BLOCK_N, BLOCK_D, ALIGNED_KV, TMA,
-                )  # fmt: skip
-        num_border = num_old - num_full
-        new_block = old_slots // BLOCK_N - num_border
-        if num_border + num_new > 0:
-            for i in tl.range(0, num_border + num_new, num_stages=STAGES):
-                if SLOTS == "gathered":
-                    block = tl.load(ptr_lists + 2 + num_full + i)
-                else:
-                    block = tl.where(i < num_border, num_full + i, new_block + i)
-                acc = _add_block(
-                    q, grad, peak, share, delta, acc, block, at, i_query, i_group, mask_row,
-                    i_batch, i_head, slots_k, slots_v, slot_base, skn, svn, ptr_key, ptr_start,
-                    ptr_expiry, ptr_bits, word_0, num_words, num_slots, key_0, num_keys,
-                    ptr_slot_bias, ptr_bias, ptr_pairs, stride_member, sbg, sbn, ptr_mask, smn,
-                    scale, softcap, True, SLOTS, HAS_MASK, CLAMPS, MEMBERS, WORDS, KEY_BIAS,
-                    PAIR_BIAS, PAIR_GRAD,
-                    GROUP, HAS_SOFTCAP, D, SLOT_D, BLOCK_N, BLOCK_D, ALIGNED_KV, TMA,
+        # As in `forward.py`: keys that nobody in the tile sees are cleared only if NaN came out.
+        acc = _walk(
+            q, grad, peak, share, delta, num_full, num_old, num_new, old_slots, ptr_lists, at,
+            i_query, i_group, mask_row, i_batch, i_head, slots_k, slots_v, slot_base, skn, svn,
+            ptr_key, ptr_start, ptr_expiry, ptr_bits, word_0, num_words, num_slots, key_0, num_keys,
+            ptr_slot_bias, ptr_bias, ptr_pairs, stride_member, sbg, sbn, ptr_mask, smn, scale,
+            softcap, False, SLOTS, HAS_MASK, ROWS, CLAMPS, MEMBERS, WORDS, KEY_BIAS, PAIR_BIAS,
+            PAIR_GRAD, GROUP, HAS_SOFTCAP, D, SLOT_D, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, ALIGNED_KV,
+            TMA,
+        )  # fmt: skip
+        if HAS_MASK:
+            has_nan = tl.max(tl.max((acc != acc).to(tl.int32), 1), 0)
+            if has_nan > 0:
+                acc = _walk(
+                    q, grad, peak, share, delta, num_full, num_old, num_new, old_slots, ptr_lists,
+                    at, i_query, i_group, mask_row, i_batch, i_head, slots_k, slots_v, slot_base,
+                    skn, svn, ptr_key, ptr_start, ptr_expiry, ptr_bits, word_0, num_words,
+                    num_slots, key_0, num_keys, ptr_slot_bias, ptr_bias, ptr_pairs, stride_member,
+                    sbg, sbn, ptr_mask, smn, scale, softcap, True, SLOTS, HAS_MASK, ROWS, CLAMPS,
+                    MEMBERS, WORDS, KEY_BIAS, PAIR_BIAS, PAIR_GRAD, GROUP, HAS_SOFTCAP, D, SLOT_D,
+                    BLOCK_M, BLOCK_N, BLOCK_D, STAGES, ALIGNED_KV, TMA,
                 )  # fmt: skip
         if NEEDS_QUERY:
             store_rows(ptr_grad_q, offs_out, mask_row, acc * softmax_scale, D, BLOCK_D)
@@ -386,6 +461,7 @@ def run_grad_query(
             *mask_strides(plan, heads_kv, group), HEADS_KV=heads_kv, GROUP=group, D=head_dim,
             SLOT_D=slot_dim(head_dim), BLOCK_D=padded_head_dim(head_dim), BLOCK_M=config.block_m,
             BLOCK_N=config.block_n, STAGES=config.num_stages, **plan_flags(plan),
+            ROWS=has_rows(plan, call),
             WORDS=words_of_tile(config.block_m, group), **call.flags, PAIR_GRAD=pair_grad,
             NEEDS_QUERY=grad_query is not None, PACKED=plan.epochs is not None,
             ALIGNED=is_aligned(query), ALIGNED_KV=is_aligned(key, value),

@@ -61,6 +61,31 @@ def mask_strides(plan: Plan, heads_kv: int, group: int) -> tuple[int, int, int, 
     return broadcast_strides(plan.mask, heads_kv, group)
 
 
+def pair_tensors(plan: Plan, call: Call) -> list[Tensor]:
+    """The mask and the bias that tiles of queries and keys read themselves, as far as they exist.
+
+    That is a bias that depends on the query, and a mask that the plan does not hold in bits.
+    """
+    bias = None if call.bias is None or call.bias.is_per_key else call.bias.tensor
+    return [tensor for tensor in (plan.mask, bias) if tensor is not None]
+
+
+def has_rows(plan: Plan, call: Call) -> bool:
+    """Whether tiles of `pair_tensors` are read 8 keys of a row at a time.
+
+    Slots are the keys, a multiple of 8 in number, and of every tensor keys are contiguous and rows
+    begin at multiples of 8.
+    """
+    tensors = pair_tensors(plan, call)
+    return (
+        len(tensors) > 0
+        and plan.slots == "keys"
+        and plan.epochs is None
+        and plan.key_len % 8 == 0
+        and all(t.shape[3] > 1 and is_aligned(t) for t in tensors)
+    )
+
+
 def plan_flags(plan: Plan) -> dict[str, Any]:
     """The constants that choose a kernel's variant for a plan."""
     return {

@@ -185,6 +185,23 @@ def along_rows(vector, TRANSPOSED: tl.constexpr):
 
 
 @triton.jit
+def near_rows(
+    slot, at, mask_row, num_keys,
+    MASKED: tl.constexpr,
+    CLAMPS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """What tiles read of aligned rows of a mask or bias: 8 keys at a time, if any may be seen."""
+    near = along_rows(mask_row, TRANSPOSED)
+    if MASKED:
+        slot = slot // 8 * 8
+        near = near & along_slots(slot < num_keys, TRANSPOSED)
+        if not CLAMPS:
+            near = near & (along_slots(slot, TRANSPOSED) <= along_rows(at, TRANSPOSED))
+    return near
+
+
+@triton.jit
 def bits_see(
     ptr_bits, slot, i_query, i_group, word_0, num_words, num_slots,
     MEMBERS: tl.constexpr,
@@ -241,7 +258,7 @@ def log2_bias(bias):
     """A bias in units of log 2: finite stays finite, -inf hides."""
     bias = bias.to(tl.float32)
     finite = tl.minimum(tl.maximum(bias, -_MAX_BIAS), _MAX_BIAS) * _LOG2E
-    return tl.where((bias == -_INF) | (bias == _INF) | (bias != bias), bias, finite)
+    return tl.where(tl.abs(bias) < _INF, finite, bias)  # NaN stays NaN
 
 
 @triton.jit
@@ -291,15 +308,15 @@ def tile_blocks(ptr_visible, ptr_entered, i_first, i_last, BLOCK_N: tl.constexpr
 
 @triton.jit
 def key_blocks(
-    at_first, at_last, num_keys, CLAMPS: tl.constexpr, HAS_MASK: tl.constexpr,
+    at_first, at_last, num_keys, CLAMPS: tl.constexpr, IS_BORDER: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """`tile_blocks` where slots are the keys in order; a mask may hide any of them."""
+    """`tile_blocks` where slots are the keys in order; on demand all count as seen in part."""
     if CLAMPS:
         num_full, num_old = num_keys // BLOCK_N, tl.cdiv(num_keys, BLOCK_N)
     else:
         num_full = tl.minimum(tl.maximum(at_first + 1, 0), num_keys) // BLOCK_N
         num_old = tl.cdiv(tl.minimum(tl.maximum(at_last + 1, 0), num_keys), BLOCK_N)
-    if HAS_MASK:
+    if IS_BORDER:
         num_full *= 0
     return num_full, num_old, num_old * 0
