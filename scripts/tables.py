@@ -1,7 +1,10 @@
-"""Write the tables of README.md, README_zh.md and docs/ from the rows in results/.
+"""Write the tables of README.md, README_zh.md and docs/ from the rows in results/, and figures.
 
     python scripts/tables.py            write them
-    python scripts/tables.py --check    say which pages are out of date, and write nothing
+    python scripts/tables.py --check    say what is out of date, and write nothing
+
+The figures of the rows of one GPU are the files of docs/figures, byte for byte the same for the
+same rows; those for which there are no rows yet do not exist.
 
 A table stands between a line ``<!-- rows: NAME -->`` and the next ``<!-- end of rows -->``, and
 says below itself which machine, versions, commit and command its rows have. The last row of every
@@ -24,9 +27,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 import support
 
 from flash_sparse_attn.bench.digest import is_stale
+from flash_sparse_attn.bench.figures import FIGURES as CHARTS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
+FIGURES = ROOT / "docs" / "figures"
 BLOCK = re.compile(r"(<!-- rows: ([a-z-]+) -->\n)(.*?)(<!-- end of rows -->)", re.DOTALL)
 Row = dict[str, Any]
 
@@ -381,6 +386,20 @@ def features(words: Words) -> list[str]:
     return markdown([words(text) for text in header], lines)
 
 
+def pictures() -> dict[str, tuple[str, str]]:
+    """Every figure of the rows of one GPU by file name: its title, and its SVG."""
+    rows = read_rows("h200.jsonl")
+    charts = {name: draw(rows) for name, draw in CHARTS.items()}
+    return {f"{name}.svg": (c.title, c.svg()) for name, c in charts.items() if c is not None}
+
+
+def figures(words: Words) -> list[str]:
+    """The pictures, for a page in docs/."""
+    drawn = pictures().items()
+    shown = [f"![{title}]({FIGURES.name}/{name})" for name, (title, _) in drawn]
+    return _paragraphs(shown) or [words("no rows yet")]
+
+
 TABLES: dict[str, Callable[[Words], list[str]]] = {
     "headline": headline,
     "bool-masks": bool_masks,
@@ -390,6 +409,7 @@ TABLES: dict[str, Callable[[Words], list[str]]] = {
     "quality-recall": quality_recall,
     "quality-text": quality_text,
     "support": features,
+    "figures": figures,
 }
 
 
@@ -412,15 +432,26 @@ def main(arguments: Sequence[str]) -> int:
     if arguments not in ([], ["--check"]):
         print(__doc__)
         return 2
-    changed = [page for page in pages() if renewed(page) != page.read_text(encoding="utf-8")]
-    for page in changed:
-        name = page.relative_to(ROOT)
+    due = {page: renewed(page) for page in pages()}
+    due |= {FIGURES / name: svg for name, (_, svg) in pictures().items()}
+    changed = [path for path, text in due.items() if not _holds(path, text)]
+    old = set(FIGURES.glob("*")) - due.keys()
+    for path in (*changed, *sorted(old)):
+        name = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
         if arguments:
-            print(f"{name}: its tables are not those of results/; run python scripts/tables.py")
+            print(f"{name}: not what results/ and tests/ give; run python scripts/tables.py")
+        elif path in old:
+            path.unlink()
+            print(f"{name}: removed, there are no rows for it")
         else:
-            page.write_text(renewed(page), encoding="utf-8")
-            print(f"{name}: tables written")
-    return bool(arguments and changed)
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(due[path], encoding="utf-8")
+            print(f"{name}: written")
+    return bool(arguments and (changed or old))
+
+
+def _holds(path: Path, text: str) -> bool:
+    return path.is_file() and path.read_text(encoding="utf-8") == text
 
 
 if __name__ == "__main__":

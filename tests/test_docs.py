@@ -134,6 +134,21 @@ def test_tables_are_those_of_the_rows(capsys):
     assert tables.main(["--check"]) == 0, capsys.readouterr().out
 
 
+def test_figures_are_files_of_the_rows_and_nothing_else(tmp_path, monkeypatch, capsys):
+    tables = load(ROOT / "scripts" / "tables.py")
+    assert {path.name for path in tables.FIGURES.iterdir()} == set(tables.pictures())
+    monkeypatch.setattr(tables, "FIGURES", tmp_path / "figures")
+    monkeypatch.setattr(tables, "pages", list)
+    assert tables.main(["--check"]) == 1 and "length.svg: not what" in capsys.readouterr().out
+    assert tables.main([]) == 0 and tables.main(["--check"]) == 0
+    drawn = tmp_path / "figures" / "length.svg"
+    assert drawn.read_bytes() == (ROOT / "docs" / "figures" / "length.svg").read_bytes()
+    monkeypatch.setattr(tables, "read_rows", lambda name: [])
+    assert tables.main(["--check"]) == 1 and drawn.is_file()
+    assert tables.main([]) == 0 and not drawn.is_file()
+    assert tables.figures(tables.Words(Path("docs/performance.md"))) == ["no rows yet"]
+
+
 def test_tables_of_known_rows(tmp_path, monkeypatch):
     tables = load(ROOT / "scripts" / "tables.py")
     monkeypatch.setattr(tables, "RESULTS", tmp_path)

@@ -87,21 +87,27 @@ class Case:
 
     def min_bytes(self) -> int:
         """Least traffic: in every pass each input is read and each result written once."""
-        scores = 4 * self.batch * self.kv_heads * self.length
+        given = 3 * 4 * self.batch * self.kv_heads * self.length
+        if self.mask != "selection":
+            given = mask_elements(self)  # one byte each
+        return given + sum(self.pass_bytes().values())
+
+    def pass_bytes(self) -> dict[str, int]:
+        """The same for each pass alone, ``"forward"`` and ``"backward"``, as far as it has them."""
         if self.what == "selection":
-            return 3 * scores
+            return {}
+        scores = 4 * self.batch * self.kv_heads * self.length
         item = getattr(torch, self.dtype).itemsize
         query = item * self.batch * self.heads * self.queries * self.head_dim
         key = item * self.batch * self.kv_heads * self.length * self.head_dim
         lse = 4 * self.batch * self.heads * self.queries
-        given = 3 * scores
         bias = scores
         if self.mask != "selection":
-            given = mask_elements(self)  # one byte each
             bias = item * scores // 4 * (self.queries if self.bias == "pairs" else 1)
-        forward = 2 * query + 2 * key + bias + lse
-        backward = 4 * query + 4 * key + 2 * bias + lse
-        return given + forward + (backward if self.what == "attention" else 0)
+        passes = {"forward": 2 * query + 2 * key + bias + lse}
+        if self.what == "attention":
+            passes["backward"] = 4 * query + 4 * key + 2 * bias + lse
+        return passes
 
     def reduced(self) -> Case:
         """The same problem, short enough for the dense reference in fp64."""

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import io
 import sys
 from pathlib import Path
 from typing import Any
 
 from .console import format_bytes, format_seconds, table, write_whole
 from .digest import is_stale
+from .figures import FIGURES, latest, part_chart
 from .store import Row, read_rows
 
 PARTS = ("total", "selection", "forward", "backward")
-_SIZES = ("length", "window", "batch", "heads", "head_dim")
 
 
 def add_arguments(actions: Any) -> None:
@@ -31,19 +30,16 @@ def add_arguments(actions: Any) -> None:
     compare.add_argument("after", help="likewise")
     compare.add_argument("--rows", type=Path, help="the file that holds the rows of both commits")
     compare.set_defaults(run=_compare)
-    plot = actions.add_parser("plot", help="draw time against the size that varies")
+    plot = actions.add_parser("plot", help="draw time against the size that varies, or a figure")
     plot.add_argument("rows", type=Path, nargs="+", help="files of rows")
-    plot.add_argument("--out", type=Path, required=True, help="the figure: .png, .svg or .pdf")
+    plot.add_argument("--out", type=Path, required=True, help="the picture, an .svg")
     plot.add_argument("--case", default="*", metavar="PATTERN", help="names of cases, * allowed")
-    plot.add_argument("--part", choices=PARTS, default="total")
+    chosen = plot.add_mutually_exclusive_group()
+    chosen.add_argument("--part", choices=PARTS, default="total", help="what is drawn")
+    chosen.add_argument("--figure", choices=tuple(FIGURES), help="one of the documentation's")
     plot.set_defaults(run=_plot)
     for parser in (compare, plot):
         parser.set_defaults(error=parser.error)
-
-
-def latest(rows: list[Row]) -> dict[tuple[str, str], Row]:
-    """The last timed row of every case and provider."""
-    return {(row["case"], row["provider"]): row for row in rows if "seconds" in row}
 
 
 def comparison(before: list[Row], after: list[Row]) -> str:
@@ -130,45 +126,18 @@ def _compare(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def series(rows: list[Row], part: str) -> tuple[str, dict[str, list[tuple[float, float]]]]:
-    """The size that varies most, and for every provider its points (size, seconds), by size.
-
-    Of several rows at one size the latest counts; other sizes that vary are not told apart, so
-    rows should be chosen such that one varies.
-    """
-    chosen = [row for row in latest(rows).values() if part in row["seconds"]]
-    size = max(_SIZES, key=lambda name: len({row["shape"][name] for row in chosen}))
-    points: dict[str, dict[float, float]] = {}
-    for row in chosen:
-        points.setdefault(row["provider"], {})[row["shape"][size]] = row["seconds"][part]
-    return size, {name: sorted(found.items()) for name, found in points.items()}
-
-
 def _plot(arguments: argparse.Namespace) -> int:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("plot: matplotlib is not installed; pip install matplotlib", file=sys.stderr)
-        return 2
+    if arguments.out.suffix != ".svg":
+        arguments.error(f"--out: expected a name that ends with .svg, got {arguments.out}")
     rows = [row for path in arguments.rows for row in read_rows(path)]
     rows = [row for row in rows if fnmatch.fnmatch(row["case"], arguments.case)]
-    size, lines = series(rows, arguments.part)
-    if not lines:
-        print(f"plot: no row has a case {arguments.case} and {arguments.part}", file=sys.stderr)
+    if arguments.figure:
+        chart, wanted = FIGURES[arguments.figure](rows), f"the figure {arguments.figure!r}"
+    else:
+        chart, wanted = part_chart(rows, arguments.part), arguments.part
+    if chart is None:
+        print(f"plot: no rows of cases {arguments.case} for {wanted}", file=sys.stderr)
         return 2
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    for name, points in sorted(lines.items()):
-        axes.plot(*zip(*points, strict=True), marker="o", label=name)
-    axes.set_xscale("log", base=2)
-    axes.set(yscale="log", xlabel=size.replace("_", " "), ylabel=f"{arguments.part}, seconds")
-    machines = {row["hardware"].get("gpu", row["hardware"]["cpu"]) for row in rows}
-    commits = {row["commit"] for row in rows}
-    axes.set_title(f"{', '.join(sorted(machines))}; commit {', '.join(sorted(commits))}", size=9)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    content = io.BytesIO()
-    figure.savefig(content, format=arguments.out.suffix.lstrip(".") or "png", dpi=150)
-    write_whole(arguments.out, content.getvalue())
-    print(f"{arguments.out}: {arguments.part} against {size}, {len(lines)} providers")
+    write_whole(arguments.out, chart.svg().encode())
+    print(f"{arguments.out}: {chart.title}, {len(chart.lines)} lines")
     return 0
