@@ -1,15 +1,17 @@
 """Time calls with bool masks and dense biases on a GPU, beside PyTorch's attention in the same run.
 
-    PYTHONPATH=src python tests/gpu/time_masks.py [case ...]
+    PYTHONPATH=src python tests/gpu/time_masks.py [case ...] [--profile] [--ours]
 
 Cases: main, keys, sweep, small, patterns, independent, dense; default all. Times are milliseconds
 of device time under CUDA-graph replay with a cold L2, see `time_attention.py`. ``plan`` is the
-plan from the bool mask, ``forward`` does not include it, ``backward`` reuses it.
+plan from the bool mask, ``forward`` does not include it, ``backward`` reuses it. ``--profile`` adds
+the time of every kernel, ``--ours`` leaves out what it is compared with.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch
 from time_attention import device_time
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
+from torch.profiler import ProfilerActivity, profile
 
 from flash_sparse_attn.backends.triton.backward import Needs, backward
 from flash_sparse_attn.backends.triton.forward import forward
@@ -27,6 +30,25 @@ from flash_sparse_attn.plan import Plan
 from flash_sparse_attn.selection import select_keys
 
 BF16 = torch.bfloat16
+OPTIONS = argparse.Namespace(profile=False, ours=False)
+
+
+def kernel_times(function: Callable[[], Any], calls: int = 5) -> list[tuple[str, float, float]]:
+    """Name, launches and microseconds in one call of every kernel, longest first; a cold L2."""
+    flush = torch.zeros(256 << 20, dtype=torch.uint8, device="cuda")
+    function()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as record:
+        for _ in range(calls):
+            flush.bitwise_not_()
+            function()
+        torch.cuda.synchronize()
+    rows = [
+        (event.key[:60], event.count / calls, event.self_device_time_total / calls)
+        for event in record.key_averages()
+        if event.self_device_time_total > 0 and "bitwise_not" not in event.key
+    ]
+    return sorted(rows, key=lambda row: -row[2])
 
 
 class Pass:
@@ -112,10 +134,27 @@ class Pass:
             f"backward {back:.4f} | plan and forward {both:.4f}{note}",
             flush=True,
         )
+        if OPTIONS.profile:
+            self.profile()
         return times
+
+    def profile(self) -> None:
+        """Print where the time goes."""
+        plan = self.plan()
+        out, _, norm = self.forward(plan)
+        stages: dict[str, Callable[[], Any]] = {
+            "plan": self.plan,
+            "forward": lambda: self.forward(plan),
+            "backward": lambda: self.backward(plan, out, norm),
+        }
+        for stage, function in stages.items():
+            for name, count, time in kernel_times(function):
+                print(f"   {stage:8} {name:60} x {count:g} {time:9.1f} us", flush=True)
 
     def dense(self) -> tuple[float, float]:
         """Forward and backward of PyTorch's attention, mask and bias in one materialised tensor."""
+        if OPTIONS.ours:
+            return math.nan, math.nan
         heads, length = self.query.shape[2], self.query.shape[1]
         query, key, value = (t.transpose(1, 2) for t in (self.query, self.key, self.value))
         options: dict[str, Any] = {"enable_gqa": heads != self.key.shape[2]}
@@ -217,6 +256,9 @@ def patterns_case() -> None:
     for length in (8192, 32768):
         for name, (mask, function) in masks_of(length).items():
             call = Pass(2, 1, length, 64, mask, None, is_causal=False)
+            if OPTIONS.ours:
+                call.report(f"{name} {length}")
+                continue
             blocks = create_block_mask(function, None, None, length, length, "cuda")
             query, key, value = (
                 t.transpose(1, 2).detach().requires_grad_()
@@ -273,6 +315,11 @@ CASES = {
 }
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or CASES:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("cases", nargs="*", choices=[[], *CASES], metavar="case")
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--ours", action="store_true")
+    parser.parse_args(namespace=OPTIONS)
+    for name in OPTIONS.cases or CASES:
         CASES[name]()
         torch.cuda.empty_cache()
