@@ -363,12 +363,31 @@ def test_compare_two_files_and_two_commits(capsys, tmp_path):
     assert found == run(capsys, "compare", "aaa", "bbb", "--rows", str(paths[2]))
     status, printed = found
     lines = {line.split()[0]: line for line in printed.out.splitlines() if line}
-    assert status == 0 and "commits aaa111 and bbb222" in printed.out
+    assert status == 1 and "commits aaa111 and bbb222" in printed.out
     assert "0.50" in lines["a"] and "faster" in lines["a"]
     assert "1.05" in lines["b"] and "within the spread" in lines["b"]
-    assert "2.00" in lines["c"] and "slower" in lines["c"]
+    assert "2.00" in lines["c"] and "REGRESSION" in lines["c"]
     assert "versions differ: torch 2.9 and 2.11" in printed.out
     assert "1 rows are in one of the two only" in printed.out
+
+
+@pytest.mark.parametrize(
+    ("ratio", "noise", "word"),
+    [
+        (1.06, 0.01, "REGRESSION"),
+        (1.05, 0.001, "REGRESSION"),
+        (1.04, 0.001, "slower"),
+        (1.06, 0.04, "within the spread"),
+        (0.9, 0.01, "faster"),
+    ],
+)
+def test_a_regression_is_five_percent_beyond_the_spread(ratio, noise, word, capsys, tmp_path):
+    paths = [tmp_path / name for name in ("before", "after")]
+    for path, seconds in zip(paths, (1.0, ratio), strict=True):
+        spread = [seconds * (1 - noise), seconds * (1 + noise)]
+        store.append_rows(path, [{**timed_row("a", seconds), "spread": spread}])
+    status, printed = run(capsys, "compare", *map(str, paths))
+    assert word in printed.out and status == (word == "REGRESSION")
 
 
 def test_compare_says_what_is_missing(capsys, tmp_path):

@@ -25,7 +25,10 @@ def add_arguments(actions: Any) -> None:
         "rows", type=Path, nargs="*", help="files of rows (default results/*.jsonl)"
     )
     status.set_defaults(run=_status)
-    compare = actions.add_parser("compare", help="two result files, or two commits in one file")
+    compare = actions.add_parser(
+        "compare",
+        help="two result files, or two commits in one file; status 1 after a regression",
+    )
     compare.add_argument("before", help="a file of rows; with --rows a commit, or its first digits")
     compare.add_argument("after", help="likewise")
     compare.add_argument("--rows", type=Path, help="the file that holds the rows of both commits")
@@ -42,6 +45,21 @@ def add_arguments(actions: Any) -> None:
         parser.set_defaults(error=parser.error)
 
 
+REGRESSION = 1.05
+"""How many times the former time is one, if the spreads of both lie apart."""
+_SLOWER = "REGRESSION"
+
+
+def change(before: Row, after: Row) -> str:
+    """What became of a row, in a word; the spread over the runs of both is taken into account."""
+    if not (after["spread"][1] < before["spread"][0] or after["spread"][0] > before["spread"][1]):
+        return "within the spread"
+    ratio = after["seconds"]["total"] / before["seconds"]["total"]
+    if ratio <= 1:
+        return "faster"
+    return _SLOWER if ratio >= REGRESSION else "slower"
+
+
 def comparison(before: list[Row], after: list[Row]) -> str:
     """A table of what both have, and notes on what makes it unfair."""
     old, new = latest(before), latest(after)
@@ -51,14 +69,12 @@ def comparison(before: list[Row], after: list[Row]) -> str:
             continue
         a, b = old[key], new[key]
         ratio = b["seconds"]["total"] / a["seconds"]["total"]
-        # Fastest and slowest run of one do not reach those of the other.
-        apart = b["spread"][1] < a["spread"][0] or b["spread"][0] > a["spread"][1]
         lines.append(
             [
                 *key,
                 *(format_seconds(row["seconds"]["total"]) for row in (a, b)),
                 f"{ratio:.2f}",
-                ("slower" if ratio > 1 else "faster") if apart else "within the spread",
+                change(a, b),
                 *(format_bytes(row["peak_bytes"]) for row in (a, b)),
                 *(f"{max(row['errors'].values()):.1e}" for row in (a, b)),
             ]
@@ -123,7 +139,8 @@ def _compare(arguments: argparse.Namespace) -> int:
         print("compare: the two have no case and provider in common", file=sys.stderr)
         return 2
     print(comparison(*sides))
-    return 0
+    old, new = map(latest, sides)
+    return int(any(change(old[key], new[key]) == _SLOWER for key in old.keys() & new.keys()))
 
 
 def _plot(arguments: argparse.Namespace) -> int:
