@@ -233,6 +233,8 @@ def test_the_parts_that_are_timed_on_a_gpu(changes, provider, parts, monkeypatch
     found = measure._measure_graphs(case, PROVIDERS[provider], inputs, repeats=3, warmup=2)
     assert list(found["seconds"]) == [*parts, "total"]
     assert list(found["timing"]) == parts and found["repeats"] == 3
+    assert {*found["host_seconds"]} >= {*parts, "total"}
+    assert all(seconds > 0 for seconds in found["host_seconds"].values())
 
 
 def test_the_load_of_other_processes_is_seen():

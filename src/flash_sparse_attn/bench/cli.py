@@ -132,7 +132,8 @@ def report(rows: list[Row], remarks: list[str], facts: dict[str, Row]) -> str:
         "",
         "Medians; the total includes selection, plan and mask building. Memory is the peak above",
         "the inputs. The error is the largest of output and gradients against fp64, at reduced",
-        "length.",
+        "length. Times of GPUs are those of the device; how long the host takes for the same call,",
+        "which nothing replays, is beside the total.",
     ]
     if any("mask_seconds" in row for row in rows):
         lines += [
@@ -161,6 +162,7 @@ _COLUMNS = (
     "forward",
     "backward",
     "total",
+    "host",
     "spread",
     "runs",
     "memory",
@@ -181,6 +183,7 @@ def _cells(row: Row) -> list[str]:
         row["provider"],
         format_seconds(row.get("mask_seconds")),
         *(format_seconds(seconds.get(part)) for part in _PARTS),
+        format_seconds(row.get("host_seconds", {}).get("total")),
         f"{format_seconds(fastest)} .. {format_seconds(slowest)}",
         f"{row['repeats']}{'' if row['warm'] else ' (cold)'}",
         format_bytes(row["peak_bytes"]),

@@ -51,7 +51,7 @@ def measure_isolated(
         the inputs; where the mask is an input, ``mask_seconds``, which are nobody's and in no
         total, and ``visible_pairs``; on CPUs ``other_load``, the part of the processors that other
         processes used meanwhile (``None`` where the system does not tell); of predecessors
-        ``versions`` in their environment.
+        ``versions`` in their environment; on GPUs ``host_seconds``, of calls that are not replayed.
 
     Raises:
         RuntimeError: The process failed; the message holds the end of its error output.
@@ -196,6 +196,7 @@ def _measure_graphs(
     out = None
     if builds:
         mask = None
+    host = _host_seconds(case, provider, inputs, repeats)
 
     parts: dict[str, Callable[[], Any]] = {}
     timing = {}
@@ -222,7 +223,18 @@ def _measure_graphs(
             run[name] = begin.elapsed_time(end) / 1e3
         if number >= warmup:
             runs.append({**run, "total": sum(run.values())})
-    return {**_summary(runs), "warm": True, "timing": timing, "peak_bytes": peak}
+    about = {"timing": timing, "host_seconds": host, "peak_bytes": peak}
+    return {**_summary(runs), "warm": True, **about}
+
+
+def _host_seconds(case: Case, provider: Provider, inputs: Inputs, repeats: int) -> dict[str, float]:
+    """How long each part keeps the host, the device idle at the begin: medians."""
+    runs = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        clock = _Clock("cpu")
+        runs.append(_run(case, provider, inputs, clock))
+    return {part: statistics.median(run[part] for run in runs) for part in runs[0]}
 
 
 def _player(
