@@ -140,9 +140,14 @@ class Plan:
         """``epoch_len, old_slots, query_len, key_len``."""
         return self.epoch_len, self.old_slots, self.query_len, self.key_len
 
+    @property
+    def parts(self) -> tuple[Tensor | None, ...]:
+        """All tensors in order, ``None`` for those it does not have."""
+        return tuple(getattr(self, name) for name in _TENSORS)
+
     def tensors(self) -> list[Tensor]:
         """All tensors, empty ones in place of ``None``: what an operator can take and return."""
-        parts = [getattr(self, name) for name in _TENSORS]
+        parts = self.parts
         some = next((part for part in parts if part is not None), None)
         if some is None:
             return []
@@ -151,14 +156,14 @@ class Plan:
 
     @cached_property
     def addresses(self) -> tuple[int, ...]:
-        """Addresses of `tensors`."""
-        return tuple(tensor.data_ptr() for tensor in self.tensors())
+        """Addresses of `parts`, 0 for ``None``."""
+        return tuple(0 if part is None else part.data_ptr() for part in self.parts)
 
     @cached_property
     def facts(self) -> tuple[Any, ...]:
         """All that a kernel is told about the plan but the addresses."""
-        alignments = tuple(address & 15 if address else -1 for address in self.addresses)
-        forms = tuple((tensor.shape, tensor.stride()) for tensor in self.tensors())
+        alignments = tuple(address & 15 for address in self.addresses)
+        forms = tuple(None if part is None else (part.shape, part.stride()) for part in self.parts)
         return forms, self.sizes, self.clamps_positions, alignments
 
     def __getstate__(self) -> dict[str, Any]:

@@ -207,8 +207,8 @@ def test_repeated_launches_equal_the_first_call(dim, monkeypatch, caplog):
         assert torch.equal(got, want)
         assert torch.equal(strided, want)
         assert torch.equal(shared, attend(query, key, key, scores, 100))
-    # With what backward needs and without, and with other strides.
-    assert len(launching._recordings) == 3 and not caplog.text
+    # A selection; plan and call, each with what backward needs and without; other strides.
+    assert len(launching._recordings) == 6 and not caplog.text
 
 
 @pytest.mark.parametrize("dim", [64, 128])
@@ -222,11 +222,131 @@ def test_repeated_training_steps_equal_fresh_ones(dim, monkeypatch, caplog):
         tensors = inputs(length=700, dim=dim, batch=2)
         grad = torch.randn_like(tensors[0])
         steps.append((tensors, grad, gradients(attend, tensors, grad)))
-    assert len(launching._recordings) == 2 and not caplog.text
+    # Selection, plan, forward, backward.
+    assert len(launching._recordings) == 4 and not caplog.text
     for tensors, grad, results in steps:
         launching._recordings.clear()
         for got, want in zip(results, gradients(attend, tensors, grad), strict=True):
             assert torch.equal(got, want)
+
+
+SELECTIONS = {
+    "causal": {},
+    "long prefixes": {"length": 70000, "window": 2048},
+    "long prefixes of few kept": {"length": 70000, "window": 256},
+    "window over everything": {"window": 3000},
+    "padded": {"padded": True},
+    "padded, sinks, recent": {"padded": True, "keep_first": 4, "keep_recent": 33},
+    "shared, recent": {"mode": "shared", "keep_recent": 20},
+    "relu, padded": {"mode": "relu", "padded": True},
+    "packed": {"packed": True, "keep_first": 1},
+    "packed, padded, recent": {"packed": True, "padded": True, "keep_recent": 7},
+}
+
+
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_repeated_selections_and_plans_equal_fresh_ones(name, monkeypatch, caplog):
+    """Other scores, padding and borders at other addresses; what was given before stays as it was,
+    so that an address that is not replaced shows."""
+    launching = pytest.importorskip("flash_sparse_attn.backends.triton.launch")
+    monkeypatch.setattr(launching, "_EMPTY_ON_GPU", None)  # so that memory is poisoned
+    monkeypatch.setattr(launching, "_recordings", {})
+    caplog.set_level("DEBUG", launching.__name__)
+    case = {"length": 3000, "window": 100, "padded": False, "packed": False, **SELECTIONS[name]}
+    length, window = case.pop("length"), case.pop("window")
+    is_padded, is_packed = case.pop("padded"), case.pop("packed")
+    is_causal = None if case.get("mode", "causal") == "causal" else True
+
+    def prepare(window, inputs):
+        scores, mask, borders = inputs
+        chosen = select_keys(scores, window, key_mask=mask, cu_seqlens=borders, **case)
+        return prepare_selection(chosen, is_causal=is_causal)
+
+    steps = []
+    for _ in range(3):
+        scores = torch.randn(*(() if is_packed else (2,)), 2, length, device="cuda")
+        mask = borders = None
+        if is_padded:
+            mask = torch.rand(*scores.shape[:-2], length, device="cuda") < 0.7
+        if is_packed:
+            inner = torch.randint(length, (5,), device="cuda").sort().values
+            borders = torch.nn.functional.pad(inner, (1, 0))
+            borders = torch.nn.functional.pad(borders, (0, 1), value=length).int()
+        given = scores, mask, borders
+        # Two windows by turns: the recordings of one must not serve the other.
+        steps += [(width, given, prepare(width, given)) for width in (window, window // 2)]
+    recordings = list(launching._recordings.values())
+    # Two selections, and their plans, which may be of one form.
+    assert len(recordings) in (3, 4) and None not in recordings and not caplog.text
+    for width, given, got in steps:
+        launching._recordings.clear()
+        want = prepare(width, given)
+        assert torch.equal(got.start, want.start) and torch.equal(got.expiry, want.expiry)
+        for one, other in zip(got.plan.parts, want.plan.parts, strict=True):
+            assert one is other is None or torch.equal(one, other)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1, 3000), (1, 4, 2000, 3000)])
+def test_repeated_plans_of_masks_equal_fresh_ones(shape, monkeypatch, caplog):
+    launching = pytest.importorskip("flash_sparse_attn.backends.triton.launch")
+    from flash_sparse_attn.backends.triton.masks import MaskLayout
+    from flash_sparse_attn.backends.triton.plan_mask import plan_mask
+
+    monkeypatch.setattr(launching, "_EMPTY_ON_GPU", None)  # so that memory is poisoned
+    monkeypatch.setattr(launching, "_recordings", {})
+    caplog.set_level("DEBUG", launching.__name__)
+    layout = MaskLayout.of(shape, 2000, 3000, 4, 2, 2)
+    masks = [torch.rand(shape, device="cuda") < 0.3 for _ in range(3)]
+    options = {"is_causal": True, "for_backward": True}
+    plans = [plan_mask(mask, layout, **options) for mask in masks]
+    recordings = list(launching._recordings.values())
+    assert len(recordings) == 1 and None not in recordings and not caplog.text
+    for mask, got in zip(masks, plans, strict=True):
+        launching._recordings.clear()
+        want = plan_mask(mask, layout, **options)
+        for one, other in zip(got.parts, want.parts, strict=True):
+            assert one is other is None or torch.equal(one, other)
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_repeated_plans_of_packed_sequences_equal_fresh_ones(is_shared, monkeypatch, caplog):
+    launching = pytest.importorskip("flash_sparse_attn.backends.triton.launch")
+    from flash_sparse_attn.backends.triton.plan_mask import plan_packed
+    from flash_sparse_attn.varlen import PackedSequences
+
+    monkeypatch.setattr(launching, "_recordings", {})
+    caplog.set_level("DEBUG", launching.__name__)
+    steps = []
+    for middle in (100, 900, 2600):
+        keys = torch.tensor([0, middle, middle, 2700, 3000], dtype=torch.int32, device="cuda")
+        queries = keys if is_shared else keys.flip(0).neg() + 3000
+        packed = PackedSequences(queries, keys, 3072, 3072)
+        steps.append((packed, plan_packed(packed, 3000, 3000, for_backward=True)))
+    recordings = list(launching._recordings.values())
+    assert len(recordings) == 1 and None not in recordings and not caplog.text
+    for packed, got in steps:
+        launching._recordings.clear()
+        want = plan_packed(packed, 3000, 3000, for_backward=True)
+        assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
+@pytest.mark.heavy  # wants the machine for itself
+def test_host_time_of_a_training_call(monkeypatch):
+    """Selection, plan, forward and backward of a call that the device would do in no time."""
+    for name in ("empty", "empty_like", "empty_strided"):  # without poison
+        monkeypatch.setattr(torch, name, getattr(torch, name).__wrapped__)
+    tensors = inputs(length=512)
+    grad = torch.randn_like(tensors[0])
+    times = []
+    for _ in range(12):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(50):
+            gradients(attend, tensors, grad)
+        times.append((time.perf_counter() - start) / 50)
+    print(f"host time {min(times) * 1e6:.1f} us a call with its backward")
+    # About 20 launches; through Triton's own launcher 10 of them took 30 to 60 us each.
+    assert min(times) < 500e-6
 
 
 @pytest.mark.heavy  # wants the machine for itself

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -11,7 +10,7 @@ from ...plan import Plan
 from .backward import Needs, backward
 from .forward import forward
 from .inputs import Bias, Call
-from .launch import repeat
+from .launch import repeat_call
 
 
 def _call(
@@ -38,8 +37,8 @@ def run_forward(
         call = _call(query, key, bias, softmax_scale, softcap)
         return forward(plan, query, key, value, call, with_norm=with_norm)
 
-    options = (softmax_scale, softcap, with_norm)
-    return _repeat(options, (query, key, value, bias), plan, run)
+    facts = ("forward", softmax_scale, softcap, with_norm, *plan.facts)
+    return repeat_call(facts, (query, key, value, bias), run, plan.addresses)
 
 
 def run_backward(
@@ -61,19 +60,6 @@ def run_backward(
         call = _call(query, key, bias, softmax_scale, softcap)
         return backward(plan, query, key, value, out, norm, grad_out, call, Needs(*needs))
 
-    options = (softmax_scale, softcap, *needs)
-    return _repeat(options, (query, key, value, bias, out, norm, grad_out), plan, run)
-
-
-def _repeat(
-    options: tuple[Any, ...],
-    tensors: Sequence[Tensor | None],
-    plan: Plan,
-    run: Callable[[], Sequence[Any]],
-) -> Sequence[Any]:
-    """`launch.repeat` for what follows from these options, tensors and plan."""
-    given = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-    device = tensors[0].device  # type: ignore[union-attr]
-    forms = [None if t is None else (t.dtype, t.shape, t.stride()) for t in tensors]
-    facts = (device, *options, *forms, *[address & 15 for address in given], *plan.facts)
-    return repeat(facts, (*given, *plan.addresses), device, run)
+    facts = ("backward", softmax_scale, softcap, *needs, *plan.facts)
+    tensors = (query, key, value, bias, out, norm, grad_out)
+    return repeat_call(facts, tensors, run, plan.addresses)

@@ -17,6 +17,7 @@ from torch import Tensor
 from ...intervals import NEVER, KeySelection
 from ...varlen import PackedSequences
 from .config import SLOT_ALIGN
+from .launch import launch
 from .layout import Layout
 from .tiles import NUMBERS, epoch_bounds, row_and_rest
 
@@ -260,12 +261,19 @@ def collect_kernel(
                 tl.store(ptr_counts, tl.minimum(count, old_slots))
 
 
+def distinct_borders(packed: PackedSequences) -> tuple[Tensor, ...]:
+    """The borders of queries and of keys, once if they are the same: often they are, and a call
+    that is repeated could not tell two tensors at one address apart."""
+    queries, keys = packed.cu_seqlens_q, packed.cu_seqlens_k
+    return (queries,) if queries.data_ptr() == keys.data_ptr() else (queries, keys)
+
+
 def epoch_table(packed: PackedSequences, total_q: int, length: int) -> Tensor:
     """The table of the epochs of a length; see `Plan.epochs`."""
     num_sequences = packed.cu_seqlens_q.numel() - 1
     num_epochs = total_q // length + num_sequences
     table = torch.empty(num_epochs, 8, dtype=torch.int32, device=packed.cu_seqlens_q.device)
-    _epochs_kernel[(num_epochs,)](
+    launch(_epochs_kernel, num_epochs)(
         packed.cu_seqlens_q, packed.cu_seqlens_k, table, length, num_sequences
     )
     return table
@@ -274,6 +282,7 @@ def epoch_table(packed: PackedSequences, total_q: int, length: int) -> Tensor:
 def collect(
     selection: KeySelection,
     layout: Layout,
+    mask: Tensor | None,
     packed: PackedSequences | None,
     table: Tensor | None,
     facts: dict[str, Any],
@@ -284,6 +293,8 @@ def collect(
     Args:
         selection: Intervals of the keys.
         layout: Sizes of the plan.
+        mask: Bool ``[B, K]`` (packed: ``[total_k]``), contiguous, False for padding, where recent
+            keys are kept: padding does not count among them.
         packed: Borders of packed sequences.
         table: Their epochs, from `epoch_table`.
         facts: The constants ``RANKED``, ``CAUSAL`` and ``PACKED``.
@@ -293,8 +304,6 @@ def collect(
     query_len, key_len = layout.query_len, layout.key_len
     rows = selection.start.numel() // key_len
     recent = selection.keep_recent
-    # Padding does not count among the recent keys.
-    mask = selection.key_mask.contiguous() if recent and selection.key_mask is not None else None
     inputs = (selection.start, selection.expiry, mask)
     constants = {
         "HEADS_KV": selection.start.shape[-2], "HAS_MASK": mask is not None,
@@ -329,14 +338,14 @@ def collect(
         shape = (rows, num, layout.old_slots)
         level = torch.empty(shape, dtype=torch.int32, device=selection.start.device)
         counts = torch.empty((rows, num, 2), dtype=torch.int32, device=level.device)
-        collect_kernel[(rows * num * num_pieces,)](
+        launch(collect_kernel, rows * num * num_pieces)(
             *inputs, *coarse, level_table, level, None, None, None, counts, None, query_len,
             key_len, length, num, layout.old_slots, layout.num_slots, coarse_len, num_coarse,
             recent, piece_len, num_pieces, FROM_COARSE=num_coarse > 0, ONLY_OLD=True, **constants,
         )  # fmt: skip
         coarse, coarse_len, num_coarse, reach = (level, counts), length, num, length
     piece_len, num_pieces = pieces(layout.num_epochs, reach)
-    collect_kernel[(rows * layout.num_epochs * (num_pieces + 1),)](
+    launch(collect_kernel, rows * layout.num_epochs * (num_pieces + 1))(
         *inputs, *coarse, table, *results, query_len, key_len, layout.epoch_len, layout.num_epochs,
         layout.old_slots, layout.num_slots, coarse_len, num_coarse, recent, piece_len,
         num_pieces + 1, FROM_COARSE=num_coarse > 0, ONLY_OLD=False, **constants,

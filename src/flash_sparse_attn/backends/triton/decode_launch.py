@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import triton
@@ -17,7 +15,7 @@ from .config import padded_head_dim
 from .decode import TURN, combine_kernel, split_kernel
 from .decode_config import DecodeConfig, decode_config, splits_at_once, unpacks_fp8
 from .inputs import Bias, Call
-from .launch import launch, repeat
+from .launch import launch, repeat_call
 from .survivors import NOTES
 
 
@@ -208,7 +206,6 @@ def step_token(
         state.seen_tokens, state.evicted_at, *call.factors, 1, capacity, *state.sizes,
         *query.stride()[:3:2], *key.stride()[:3:2], *value.stride()[:3:2], **sizes,
         **splits_at_once(splits, head_dim), HAS_SOFTCAP=bool(call.softcap), num_warps=4,
-        
     )  # fmt: skip
     return out, lse
 
@@ -245,7 +242,8 @@ def step(
         tensors = [q, k, v, scores[i], *([] if real is None else [real]), *stored]
         run = partial(step_token, q, k, v, scores[i], real, state, call)
         facts = ("step", state.sizes, real is None, call)
-        results.append(_repeat(facts, tensors, run))
+        out, lse = repeat_call(facts, tensors, run)
+        results.append((out, lse))
     if len(results) == 1:
         return results[0]
     outs, lses = zip(*results, strict=True)
@@ -266,18 +264,7 @@ def decode(
     given = [tensor is not None for tensor in optional]
     tensors = [query, keys.key, keys.value, *(t for t in optional if t is not None)]
     run = partial(attend, query, keys, mask, intervals, bias, call, is_causal)
-    return _repeat(("decode", *given, call, is_causal), tensors, run)
-
-
-def _repeat(
-    facts: tuple[Any, ...], tensors: list[Tensor], run: Callable[[], tuple[Tensor, Tensor]]
-) -> tuple[Tensor, Tensor]:
-    """`launch.repeat` for what follows from these facts and tensors."""
-    addresses = [tensor.data_ptr() for tensor in tensors]
-    device = tensors[0].device
-    shapes = [(tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors]
-    alignment = [address & 15 for address in addresses]
-    out, lse = repeat((device, *facts, *shapes, *alignment), addresses, device, run)
+    out, lse = repeat_call(("decode", *given, call, is_causal), tensors, run)
     return out, lse
 
 

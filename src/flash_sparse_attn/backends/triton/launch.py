@@ -65,10 +65,32 @@ def repeat(
     """
     recording = _recordings.get(key, _UNKNOWN)
     if recording is _UNKNOWN:
-        return _record(key, addresses, run)
+        return _record(key, addresses, run) if _can_repeat(device) else run()
     if recording is None or _is_profiled():
         return run()
     return recording.start(addresses, device)
+
+
+def repeat_call(
+    facts: Sequence[Hashable],
+    tensors: Sequence[Tensor | None],
+    run: Callable[[], Sequence[Any]],
+    more_addresses: Sequence[int] = (),
+) -> Sequence[Any]:
+    """`repeat` for what follows from these facts and tensors.
+
+    Args:
+        facts: What decides about the launches beside shapes, strides, dtypes, alignments and device
+            of the tensors: the kind of call, options, which tensors are not given.
+        tensors: What the launches read; the first is one.
+        run: As there.
+        more_addresses: Of further tensors, all else of which is among the facts.
+    """
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    device = tensors[0].device  # type: ignore[union-attr]
+    forms = [None if t is None else (t.dtype, t.shape, t.stride()) for t in tensors]
+    key = (device, *facts, *forms, *[address & 15 for address in addresses])
+    return repeat(key, (*addresses, *more_addresses), device, run)
 
 
 _UNKNOWN: Any = object()
@@ -86,13 +108,13 @@ def _record(
         _state.recorder = None
     if len(_recordings) >= _MAX_RECORDINGS:
         _recordings.clear()
-    _recordings[key] = recorder.recording(results) if _can_repeat() else None
+    _recordings[key] = recorder.recording(results)
     return results
 
 
-def _can_repeat() -> bool:
-    """Whether the installed Triton starts compiled kernels in the way known here."""
-    return knows_triton() and torch.version.hip is None
+def _can_repeat(device: torch.device) -> bool:
+    """Whether the installed Triton starts compiled kernels there in the way known here."""
+    return device.type == "cuda" and torch.version.hip is None and knows_triton()
 
 
 def _is_profiled() -> bool:

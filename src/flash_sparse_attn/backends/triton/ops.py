@@ -7,7 +7,7 @@ imported when an operator runs, so that importing the package needs no GPU and n
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -92,20 +92,31 @@ def _plan(
     is_causal: bool,
     for_backward: bool,
 ) -> list[Tensor]:
-    from .plan import build_plan
-
     selection = KeySelection(
         start, expiry, score, mode, window_size, keep_first, keep_recent, key_mask
     )
     packed = None
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
         packed = PackedSequences(cu_seqlens_q, cu_seqlens_k, query_len, start.shape[-1])
-    return build_plan(
-        selection, query_len, is_causal=is_causal, packed=packed, for_backward=for_backward
-    ).tensors()
+    return _build_plan(start, selection, query_len, is_causal, packed, for_backward).tensors()
 
 
 @on_device
+def _build_plan(
+    start: Tensor,
+    selection: KeySelection,
+    query_len: int,
+    is_causal: bool,
+    packed: PackedSequences | None,
+    for_backward: bool,
+) -> Plan:
+    from .plan import build_plan
+
+    return build_plan(
+        selection, query_len, is_causal=is_causal, packed=packed, for_backward=for_backward
+    )
+
+
 def _forward(
     query: Tensor,
     key: Tensor,
@@ -117,16 +128,26 @@ def _forward(
     clamps_positions: bool,
     sizes: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from .calls import run_forward
-
     record = Plan.of(plan, sizes, clamps_positions)
-    out, lse, norm = run_forward(
-        query, key, value, bias, record, softmax_scale, softcap, with_norm=True
-    )
+    factors = softmax_scale, softcap
+    out, lse, norm = _run_forward(query, key, value, bias, record, *factors, with_norm=True)
     return out, lse, norm
 
 
 @on_device
+def _run_forward(query: Tensor, *args: Any, with_norm: bool) -> Sequence[Tensor]:
+    from .calls import run_forward
+
+    return run_forward(query, *args, with_norm=with_norm)
+
+
+@on_device
+def _run_backward(grad_out: Tensor, *args: Any) -> Sequence[Tensor | None]:
+    from .calls import run_backward
+
+    return run_backward(grad_out, *args)
+
+
 def _backward(
     grad_out: Tensor,
     query: Tensor,
@@ -142,10 +163,8 @@ def _backward(
     sizes: list[int],
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from .calls import run_backward
-
     record = Plan.of(plan, sizes, clamps_positions)
-    grads = run_backward(
+    grads = _run_backward(
         grad_out, query, key, value, bias, out, norm, record, softmax_scale, softcap, needs
     )
     none = norm.new_empty(0)
@@ -260,8 +279,9 @@ def plan(
     for_backward: bool,
 ) -> Plan:
     """The plan of a call over a selection."""
-    call = torch.ops.flash_sparse_attn.plan if is_traced(selection.start) else _plan
-    tensors = call(
+    if not is_traced(selection.start):
+        return _build_plan(selection.start, selection, query_len, is_causal, packed, for_backward)
+    tensors = torch.ops.flash_sparse_attn.plan(
         selection.start,
         selection.expiry,
         selection.score,
@@ -318,23 +338,59 @@ def attend(
     """``out [B, Q, H, D]`` and ``lse [B, H, Q]`` over the slots of a plan."""
     if not query.stride(-1) == key.stride(-1) == value.stride(-1) == 1:
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-    if not (problem.requires_grad or is_traced(query)):
-        return _infer(query, key, value, bias, problem, ready)
-    call = (problem.softmax_scale, problem.softcap, ready.clamps_positions, list(ready.sizes))
-    operator = torch.ops.flash_sparse_attn.forward
-    out, lse, _ = operator(query, key, value, bias, ready.tensors(), *call)
+    factors = problem.softmax_scale, problem.softcap
+    if _is_watched(query):
+        operator = torch.ops.flash_sparse_attn.forward
+        call = (*factors, ready.clamps_positions, list(ready.sizes))
+        out, lse, _ = operator(query, key, value, bias, ready.tensors(), *call)
+    elif problem.requires_grad:
+        out, lse = _Attention.apply(query, key, value, bias, ready, *factors)
+    else:
+        out, lse, _ = _run_forward(query, key, value, bias, ready, *factors, with_norm=False)
     return out, lse
 
 
-@on_device
-def _infer(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, problem: Problem, plan: Plan
-) -> tuple[Tensor, Tensor]:
-    from .calls import run_forward
+class _Attention(torch.autograd.Function):
+    """The operator ``forward`` and its gradients without what an operator costs the host."""
 
-    scale, softcap = problem.softmax_scale, problem.softcap
-    out, lse, _ = run_forward(query, key, value, bias, plan, scale, softcap, with_norm=False)
-    return out, lse
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None,
+        plan: Plan,
+        *factors: float,
+    ) -> tuple[Tensor, Tensor]:
+        out, lse, norm = _run_forward(query, key, value, bias, plan, *factors, with_norm=True)
+        ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)
+        # The plan's tensors, too: what keeps a layer's tensors elsewhere, or makes them anew, has
+        # to see them.
+        ctx.save_for_backward(query, key, value, bias, out, norm, *plan.parts)
+        ctx.factors, ctx.plan = factors, (plan.sizes, plan.clamps_positions)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        query, key, value, bias, out, norm, *parts = ctx.saved_tensors
+        plan = Plan.of(parts, *ctx.plan)
+        needs = ctx.needs_input_grad[:4]
+        rest = (None,) * 3
+        if grad_out is None:
+            return (*rest, *rest, None)
+        tensors = (grad_out, query, key, value, bias, out, norm)
+        if not (torch.is_grad_enabled() or _is_watched(grad_out)):
+            return (*_run_backward(*tensors, plan, *ctx.factors, needs), *rest)
+        call = (*ctx.factors, plan.clamps_positions, list(plan.sizes), list(needs))
+        grads = torch.ops.flash_sparse_attn.backward(*tensors, plan.tensors(), *call)
+        return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), *rest)
+
+
+def _is_watched(tensor: Tensor) -> bool:
+    """Whether somebody has to see operators: as in `is_traced`, or for a choice of what to keep."""
+    return is_traced(tensor) or torch._C._len_torch_dispatch_stack() > 0
 
 
 def is_traced(tensor: Tensor) -> bool:

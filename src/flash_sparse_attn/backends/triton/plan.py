@@ -6,7 +6,8 @@
    survivors at its start.
 3. `_sort_kernel` sorts the survivors in runs, and `_place_kernel` merges the runs into slots and
    counts how many of them each query sees.
-4. For backward, `_uses_kernel` counts the epochs of every key, and `_link_kernel` lists its slots.
+4. For backward, `_uses_kernel` counts the epochs of every key and of all keys before it, and
+   `_link_kernel` lists its slots.
 
 Nothing is read back by the host: every size is a bound from shapes.
 
@@ -16,6 +17,8 @@ which the old part has ``old_slots``. Positions count from the start of a sequen
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,8 +27,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ...plan import Plan
-from .collect import collect, epoch_table, pad_slots, sequence_of
+from .collect import collect, distinct_borders, epoch_table, pad_slots, sequence_of
+from .launch import launch, repeat_call
 from .layout import Layout
+from .select_rows import sequence_of as sequence_of_index
 from .tiles import NUMBERS, count_prefix, epoch_bounds, row_and_rest
 
 if TYPE_CHECKING:
@@ -34,6 +39,8 @@ if TYPE_CHECKING:
 
 _NO_KEY = tl.constexpr(-(2**63))
 _RUN = 1024  # keys sorted by one program
+_USES = 1024  # keys whose uses are counted together,
+_PIECES = 1024  # and how many programs do so at most: each adds up what those before it counted
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -156,30 +163,50 @@ def _place_kernel(
 def _uses_kernel(
     ptr_start,
     ptr_expiry,
-    ptr_epochs,
-    ptr_uses,
+    ptr_cu_q,
+    ptr_cu_k,
+    ptr_totals,
+    ptr_use_end,
     query_len,
     key_len,
     epoch_len,
-    num_epochs,
+    num_sequences,
+    num_items,
+    piece_len,
     CAUSAL: tl.constexpr,
     PACKED: tl.constexpr,
+    ENDS: tl.constexpr,
+    PIECES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program per (row, epoch): how many epochs each key that starts there is part of."""
-    i_row, i_epoch = row_and_rest(num_epochs)
-    _, num, position = epoch_bounds(i_epoch, ptr_epochs, query_len, key_len, epoch_len, PACKED)
-    key_0, num_keys, epoch_0, _ = sequence_of(i_epoch, ptr_epochs, key_len, PACKED)
-    ptr_start += i_row * key_len + key_0
-    ptr_expiry += i_row * key_len + key_0
-    ptr_uses += i_row * key_len + key_0
-    shift = position - (i_epoch - epoch_0) * epoch_len
-    begin = tl.where(i_epoch == epoch_0, 0, tl.maximum(position, 0))
-    end = tl.where(num > 0, tl.minimum(position + num, num_keys), 0)
-    for i in range(begin, end, BLOCK):
-        key = i + tl.arange(0, BLOCK)  # [BLOCK]
-        start = tl.load(ptr_start + key, mask=key < end, other=0)
-        expiry = tl.load(ptr_expiry + key, mask=key < end, other=0)
+    """One program per piece of the keys of all rows: how many epochs its keys are part of.
+
+    Of all its keys together; with `ENDS`, which has the totals of all pieces, the sums up to each.
+    """
+    i_piece = tl.program_id(0)
+    piece = i_piece.to(tl.int64) * piece_len
+    offs = tl.arange(0, BLOCK)  # [BLOCK]
+    totals = tl.zeros([BLOCK], tl.int64)
+    before = piece * 0
+    if ENDS:
+        others = tl.arange(0, PIECES)  # [PIECES]
+        before += tl.sum(tl.load(ptr_totals + others, mask=others < i_piece, other=0), 0)
+    for i in range(0, piece_len, BLOCK):
+        index = piece + i + offs
+        inside = index < num_items
+        key = ((piece + i) % key_len).to(tl.int32) + offs
+        key = key % key_len  # of its row
+        shift, num_keys = key * 0 + (key_len - query_len), key * 0 + key_len
+        if PACKED:
+            seq = sequence_of_index(ptr_cu_k, num_sequences, key, 1, False)
+            key_0 = tl.load(ptr_cu_k + seq)
+            num_keys = tl.load(ptr_cu_k + seq + 1) - key_0
+            # Without queries the shift is the number of keys, and nothing is beyond that.
+            shift = num_keys - tl.load(ptr_cu_q + seq + 1) + tl.load(ptr_cu_q + seq)
+            key -= key_0
+            inside = inside & (key < num_keys)
+        start = tl.load(ptr_start + index, mask=inside, other=0)
+        expiry = tl.load(ptr_expiry + index, mask=inside, other=0)
         if CAUSAL:
             start = tl.maximum(start, key)
         stop = tl.minimum(expiry, num_keys)
@@ -187,8 +214,15 @@ def _uses_kernel(
         if not CAUSAL:
             from_epoch = tl.where(start <= 0, 0, from_epoch)
         to_epoch = (stop - 1 - shift) // epoch_len
-        uses = tl.where((stop > start) & (stop > shift), to_epoch - from_epoch + 1, 0)
-        tl.store(ptr_uses + key, uses, mask=key < end)
+        used = inside & (stop > start) & (stop > shift)
+        uses = tl.where(used, to_epoch - from_epoch + 1, 0).to(tl.int64)
+        if ENDS:
+            tl.store(ptr_use_end + index, before + tl.cumsum(uses, 0), mask=index < num_items)
+            before += tl.sum(uses, 0)
+        else:
+            totals += uses
+    if not ENDS:
+        tl.store(ptr_totals + i_piece, tl.sum(totals, 0))
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -246,18 +280,41 @@ def build_plan(
         epoch_len: Queries of an epoch, a power of two; default by the window.
         for_backward: Also list the uses of every key.
     """
-    key_len = selection.start.shape[-1]
-    rows = selection.start.numel() // key_len
-    device = selection.start.device
-    ranked = selection.mode == "causal"
-    recent = selection.keep_recent
-    num_sequences = None if packed is None else packed.cu_seqlens_q.numel() - 1
     layout = Layout.of(
-        query_len, key_len, selection.mode, selection.window_size, selection.keep_first, recent,
-        num_sequences, epoch_len,
-    )  # fmt: skip
+        query_len,
+        selection.start.shape[-1],
+        selection.mode,
+        selection.window_size,
+        selection.keep_first,
+        selection.keep_recent,
+        None if packed is None else packed.cu_seqlens_q.numel() - 1,
+        epoch_len,
+    )
+    # Padding counts only where recent keys do.
+    mask = selection.key_mask if selection.keep_recent else None
+    mask = None if mask is None else mask.contiguous()
+    borders = () if packed is None else distinct_borders(packed)
+    given = (selection.start, selection.expiry, selection.score, mask, *borders)
+    facts = ("plan", layout, selection.mode, selection.keep_first, selection.keep_recent)
+    run = partial(_plan, selection, layout, is_causal, mask, packed, for_backward)
+    tensors = repeat_call((*facts, is_causal, for_backward), given, run)
+    sizes = (layout.epoch_len, layout.old_slots, query_len, layout.key_len)
+    return Plan.of(tensors, sizes, not is_causal)
+
+
+def _plan(
+    selection: KeySelection,
+    layout: Layout,
+    is_causal: bool,
+    mask: Tensor | None,
+    packed: PackedSequences | None,
+    for_backward: bool,
+) -> Sequence[Tensor | None]:
+    """The tensors of a plan in its order."""
+    query_len, key_len = layout.query_len, layout.key_len
     epoch_len, num_epochs = layout.epoch_len, layout.num_epochs
     old_slots, num_slots = layout.old_slots, layout.num_slots
+    rows, device = selection.start.numel() // key_len, selection.start.device
 
     def ints(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=device)
@@ -267,22 +324,24 @@ def build_plan(
     counts, visible = ints(rows, num_epochs, 2), ints(rows, query_len)
     entered, listed = ints(rows, query_len), ints(rows, num_epochs, old_slots)
     table = None if packed is None else epoch_table(packed, query_len, epoch_len)
-    facts = {"RANKED": ranked, "CAUSAL": is_causal, "PACKED": packed is not None}
+    facts = {
+        "RANKED": selection.mode == "causal", "CAUSAL": is_causal, "PACKED": packed is not None,
+    }  # fmt: skip
     intervals = (selection.start, selection.expiry)
     sizes = (query_len, key_len)
     collect(
-        selection, layout, packed, table, facts,
+        selection, layout, mask, packed, table, facts,
         (listed, slot_key, slot_start, slot_expiry, counts, entered),
     )  # fmt: skip
 
     ordered, num_runs = None, triton.cdiv(old_slots, _RUN)
     if layout.is_sorted:
         ordered = torch.empty(rows, num_epochs, num_runs, _RUN, dtype=torch.int64, device=device)
-        _sort_kernel[(rows * num_epochs * num_runs,)](
+        launch(_sort_kernel, rows * num_epochs * num_runs)(
             selection.score, listed, counts, table, ordered, key_len, num_epochs, old_slots,
             selection.keep_first, num_runs, PACKED=packed is not None, RUN=_RUN, num_warps=16,
         )  # fmt: skip
-    _place_kernel[(rows * num_epochs,)](
+    launch(_place_kernel, rows * num_epochs)(
         *intervals, listed, ordered, counts, table, slot_key, slot_start, slot_expiry, visible,
         *sizes, epoch_len, num_epochs, old_slots, num_slots, num_runs, old_slots.bit_length(),
         SORTED=layout.is_sorted, **facts, RUN=_RUN, num_warps=8,
@@ -290,19 +349,36 @@ def build_plan(
 
     use_end = use_slot = None
     if for_backward:
-        # Keys of sequences without queries are in no epoch.
-        uses = ints(rows * key_len) if packed is None else ints(rows * key_len).zero_()
-        _uses_kernel[(rows * num_epochs,)](
-            *intervals, table, uses, *sizes, epoch_len, num_epochs,
-            CAUSAL=is_causal, PACKED=packed is not None, BLOCK=1024, num_warps=8,
-        )  # fmt: skip
-        use_end = uses.cumsum(0, dtype=torch.int64)
+        use_end = _use_ends(intervals, packed, layout, is_causal)
         use_slot = ints(rows * num_epochs * num_slots)
-        _link_kernel[(rows * num_epochs,)](
+        launch(_link_kernel, rows * num_epochs)(
             slot_key, slot_expiry, counts, table, use_end, use_slot, *sizes, epoch_len, num_epochs,
             old_slots, num_slots, PACKED=packed is not None, BLOCK=1024, num_warps=8,
         )  # fmt: skip
-    return Plan(
+    return (
         slot_key, slot_start, slot_expiry, counts, visible, entered, use_end, use_slot, table,
-        epoch_len, old_slots, query_len, key_len, not is_causal,
+        *(None,) * 3,  # of masks
     )  # fmt: skip
+
+
+def _use_ends(
+    intervals: tuple[Tensor, Tensor],
+    packed: PackedSequences | None,
+    layout: Layout,
+    is_causal: bool,
+) -> Tensor:
+    """`Plan.use_end`: a sum in two steps, first of pieces and then of what they hold."""
+    num_items = intervals[0].numel()
+    num_pieces = min(_PIECES, triton.cdiv(num_items, _USES))
+    piece_len = triton.cdiv(triton.cdiv(num_items, num_pieces), _USES) * _USES
+    use_end = intervals[0].new_empty(num_items, dtype=torch.int64)
+    totals = use_end.new_empty(num_pieces)
+    borders = (None, None) if packed is None else (packed.cu_seqlens_q, packed.cu_seqlens_k)
+    num_sequences = 0 if packed is None else packed.cu_seqlens_q.numel() - 1
+    for has_totals in (False, True):
+        launch(_uses_kernel, num_pieces)(
+            *intervals, *borders, totals, use_end, layout.query_len, layout.key_len,
+            layout.epoch_len, num_sequences, num_items, piece_len, CAUSAL=is_causal,
+            PACKED=packed is not None, ENDS=has_totals, PIECES=_PIECES, BLOCK=_USES, num_warps=4,
+        )  # fmt: skip
+    return use_end

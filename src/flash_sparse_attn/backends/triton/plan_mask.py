@@ -19,11 +19,12 @@ from torch import Tensor
 from ...intervals import NEVER
 from ...plan import Plan
 from ...varlen import PackedSequences
-from .collect import epoch_table, pad_slots
+from .collect import distinct_borders, epoch_table, pad_slots
 from .config import SLOT_ALIGN
 from .inputs import broadcast_strides
-from .launch import launch
+from .launch import launch, repeat_call
 from .masks import MaskLayout
+from .select_rows import sequence_of
 from .tiles import NUMBERS, row_and_rest
 
 _NEVER = tl.constexpr(NEVER)
@@ -279,17 +280,22 @@ def keys_kernel(
         tl.store(ptr_counts + i_row * 2 + 1, 0)
 
 
-@triton.jit
-def uses_kernel(ptr_epochs, ptr_use_slot, num_slots, BLOCK: tl.constexpr):
-    """One program per epoch, which is a whole sequence: the slot of each of its keys."""
-    i_epoch = tl.program_id(0)
-    ptr = ptr_epochs + i_epoch * 8
-    key_0, num_keys = tl.load(ptr + 3), tl.load(ptr + 4)
-    if tl.load(ptr + 1) > 0:
-        for i in range(0, num_keys, BLOCK):
-            slot = i + tl.arange(0, BLOCK)  # [BLOCK]
-            out = i_epoch * num_slots + slot
-            tl.store(ptr_use_slot + key_0 + slot, out, mask=slot < num_keys)
+@triton.jit(do_not_specialize=NUMBERS)
+def uses_kernel(
+    ptr_cu_q, ptr_cu_k, ptr_use_slot, key_len, epoch_len, num_slots, num_sequences,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program per block of keys: the slot of each, where an epoch is a whole sequence."""
+    key = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    live = key < key_len
+    seq = sequence_of(ptr_cu_k, num_sequences, key, 1, False)
+    key_0 = tl.load(ptr_cu_k + seq)
+    key_end = tl.load(ptr_cu_k + seq + 1)
+    query_0 = tl.load(ptr_cu_q + seq)
+    query_end = tl.load(ptr_cu_q + seq + 1)
+    slot = (query_0 // epoch_len + seq) * num_slots + key - key_0
+    slot = tl.where((key < key_end) & (query_0 < query_end), slot, -1)
+    tl.store(ptr_use_slot + key, slot, mask=live)
 
 
 def plan_packed(
@@ -303,13 +309,21 @@ def plan_packed(
         query_len, key_len: Totals.
         for_backward: Also list the slot of every key, int32 ``[total_k]``, -1 for none.
     """
-    table = epoch_table(packed, query_len, packed.max_seqlen_q)
-    use_slot = None
-    if for_backward:
-        use_slot = torch.full((key_len,), -1, dtype=torch.int32, device=table.device)
-        launch(uses_kernel, table.shape[0])(
-            table, use_slot, packed.max_seqlen_k, BLOCK=1024, num_warps=4
-        )
+    sizes = (query_len, key_len, packed.max_seqlen_q, packed.max_seqlen_k)
+
+    def run() -> tuple[Tensor, Tensor | None]:
+        table = epoch_table(packed, query_len, packed.max_seqlen_q)
+        if not for_backward:
+            return table, None
+        use_slot = table.new_empty(key_len)
+        launch(uses_kernel, triton.cdiv(key_len, 1024))(
+            packed.cu_seqlens_q, packed.cu_seqlens_k, use_slot, key_len, packed.max_seqlen_q,
+            packed.max_seqlen_k, packed.cu_seqlens_q.numel() - 1, BLOCK=1024, num_warps=4,
+        )  # fmt: skip
+        return table, use_slot
+
+    facts = ("plan packed", *sizes, for_backward)
+    table, use_slot = repeat_call(facts, distinct_borders(packed), run)
     return table, use_slot
 
 
@@ -325,16 +339,21 @@ def plan_mask(mask: Tensor, layout: MaskLayout, *, is_causal: bool, for_backward
         is_causal: Whether keys after a query's position are hidden as well.
         for_backward: Also list the slots of every key.
     """
-    tensors = [
-        torch.empty(shape, dtype=dtype, device=mask.device) if shape != (0,) else None
-        for shape, dtype in layout.shapes(for_backward)
-    ]
-    plan = Plan.of(tensors, layout.sizes, not is_causal)
-    if layout.kind == "shown":
-        _fill_shown(plan, mask, layout, is_causal)
-    else:
-        _fill_bits(plan, mask, layout, is_causal)
-    return plan
+
+    def run() -> list[Tensor | None]:
+        tensors = [
+            torch.empty(shape, dtype=dtype, device=mask.device) if shape != (0,) else None
+            for shape, dtype in layout.shapes(for_backward)
+        ]
+        plan = Plan.of(tensors, layout.sizes, not is_causal)
+        if layout.kind == "shown":
+            _fill_shown(plan, mask, layout, is_causal)
+        else:
+            _fill_bits(plan, mask, layout, is_causal)
+        return tensors
+
+    tensors = repeat_call(("plan mask", layout, is_causal, for_backward), (mask,), run)
+    return Plan.of(tensors, layout.sizes, not is_causal)
 
 
 def _fill_shown(plan: Plan, mask: Tensor, layout: MaskLayout, is_causal: bool) -> None:

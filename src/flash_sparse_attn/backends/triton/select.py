@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch, repeat_call
 from .select_causal import select_causal
 from .select_rows import (
     _NEVER,
@@ -101,7 +102,7 @@ def _select_for_all_positions(
         row_words = planes.shape[-1]
         worst = start.new_empty(rows.n_rows, rows.n_seqs, 2)
         state = start.new_empty(rows.n_rows, row_words + rows.n_seqs)
-        _shared_kernel[(rows.n_rows * rows.n_seqs,)](
+        launch(_shared_kernel, rows.n_rows * rows.n_seqs)(
             rows.cu_seqlens,
             planes,
             state,
@@ -115,7 +116,7 @@ def _select_for_all_positions(
             num_warps=tiles.set_warps,
         )
     n_tiles = triton.cdiv(rows.key_len, tiles.keys)
-    _interval_kernel[(rows.n_rows * n_tiles,)](
+    launch(_interval_kernel, rows.n_rows * n_tiles)(
         rows.score,
         rows.mask,
         rows.cu_seqlens,
@@ -149,7 +150,7 @@ def select_intervals(
     keep_recent: int = 0,
     tiles: SelectTiles = TILES,
 ) -> tuple[Tensor, Tensor]:
-    """Start and expiry of every key. Launches kernels only: no value is looked at, nothing kept.
+    """Start and expiry of every key. No value is looked at; launches are repeated, see `launch`.
 
     Args:
         score: fp32 ``[..., K]``, contiguous, ``K < 2**30``; the leading dimensions are batch times
@@ -173,18 +174,32 @@ def select_intervals(
         raise ValueError(
             f"score: rows of at most {(1 << 30) - 1} keys, got {score.shape[-1]}; split them"
         )
-    start = torch.empty_like(score, dtype=torch.int32)
-    expiry = torch.empty_like(start)
     if score.numel() == 0:
-        return start, expiry
+        start = torch.empty_like(score, dtype=torch.int32)
+        return start, torch.empty_like(start)
     rows = Rows.of(score, key_mask, cu_seqlens, keep_first, keep_recent)
     window = min(window_size, rows.key_len)
-    if mode != "causal":
-        _select_for_all_positions(rows, window, mode == "relu", tiles, start, expiry)
-        return start, expiry
-    if score.is_cuda:
+    if score.is_cuda and mode == "causal":
         _compile_causal(score.device, rows.has_mask, rows.has_rank, rows.packed, tiles)
-    select_causal(rows, window, tiles, start, expiry)
+    facts = ("select", mode, window, rows.keep_first, rows.keep_recent, tiles)
+    given = (
+        score,
+        rows.mask if rows.has_mask else None,
+        rows.cu_seqlens if rows.packed else None,
+        *((rows.rank, rows.arrival) if rows.has_rank else (None, None)),
+    )
+    run = functools.partial(_select, rows, window, mode, tiles)
+    start, expiry = repeat_call(facts, given, run)
+    return start, expiry
+
+
+def _select(rows: Rows, window: int, mode: str, tiles: SelectTiles) -> tuple[Tensor, Tensor]:
+    start = torch.empty_like(rows.score, dtype=torch.int32)
+    expiry = torch.empty_like(start)
+    if mode == "causal":
+        select_causal(rows, window, tiles, start, expiry)
+    else:
+        _select_for_all_positions(rows, window, mode == "relu", tiles, start, expiry)
     return start, expiry
 
 

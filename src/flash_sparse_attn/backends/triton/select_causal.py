@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch
 from .select_rows import _NEVER, PER_CALL, Rows, SelectTiles, always_kept, encode, sequence_of
 from .words import (
     _PADDING,
@@ -362,7 +363,7 @@ def select_causal(
         lists, slots = _node_lists(
             rows, window, tiles, planes, tiles.node, parents=(lists, length, slots)
         )
-    _chunk_kernel[(rows.n_rows * (rows.key_len // tiles.chunk + rows.n_seqs),)](
+    launch(_chunk_kernel, rows.n_rows * (rows.key_len // tiles.chunk + rows.n_seqs))(
         rows.score,
         rows.mask,
         rows.cu_seqlens,
@@ -409,7 +410,7 @@ def _node_lists(
     """
     children, slots = _empty_lists(rows, window, length, planes)
     parent_lists, parent_len, parent_slots = parents or (planes, _UNCUT, 32)
-    _list_kernel[(rows.n_rows * (rows.key_len // length + rows.n_seqs),)](
+    launch(_list_kernel, rows.n_rows * (rows.key_len // length + rows.n_seqs))(
         rows.score,
         rows.mask,
         rows.cu_seqlens,
@@ -450,7 +451,7 @@ def _prefix_lists(
     n_nodes = rows.n_rows * (rows.key_len // length + rows.n_seqs)
     programs = min(n_nodes, tiles.prefixes)
     state = planes.new_empty(programs, 2, prefix_words)
-    _prefix_kernel[(programs,)](
+    launch(_prefix_kernel, programs)(
         rows.score,
         rows.mask,
         rows.cu_seqlens,

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...intervals import NEVER
+from .launch import launch
 from .words import _PADDING, order_keys
 
 _NEVER = tl.constexpr(NEVER)
@@ -224,7 +225,7 @@ def encode(rows: Rows, tiles: SelectTiles, start: Tensor, expiry: Tensor) -> Ten
     row_words = triton.cdiv(rows.key_len, 32)
     planes = torch.empty(rows.n_rows, 32, row_words, dtype=torch.int32, device=start.device)
     n_tiles = triton.cdiv(row_words, tiles.encode)
-    _encode_kernel[(rows.n_rows * n_tiles,)](
+    launch(_encode_kernel, rows.n_rows * n_tiles)(
         rows.score,
         rows.mask,
         rows.cu_seqlens,
