@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 import support
 
-from flash_sparse_attn.bench.digest import is_stale
+from flash_sparse_attn.bench.digest import WHY_STALE, is_stale
 from flash_sparse_attn.bench.figures import FIGURES as CHARTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,7 +56,6 @@ CHINESE = {
     "times": "倍",
 }
 STALE = "†"
-WHY_STALE = "of a run with other kernels than the present ones, or that does not name its kernels"
 CHINESE[WHY_STALE] = "所属运行的内核与当前源码不同，或未注明内核"
 NAMES = {
     "ours": "ours",

@@ -60,6 +60,16 @@ def test_length_takes_rows_that_differ_in_length_alone():
     assert chart.notes[1] == "G, torch 2.0; commit abc"
 
 
+def test_a_figure_of_stale_rows_says_so():
+    old = {**LENGTHS[0], "kernels": "0" * 12}
+    for name in ("length", "memory", "roofline"):
+        assert len(figures.FIGURES[name](LENGTHS).notes) == 2
+        assert (
+            "other kernels than the present ones"
+            in figures.FIGURES[name]([old, *LENGTHS[1:]]).notes[2]
+        )
+
+
 def test_a_later_row_replaces_an_earlier_one():
     chart = figures.FIGURES["length"]([*LENGTHS, row(at(length=8192), seconds=5.0)])
     assert chart.lines["ours"][1] == (8192, 5.0)

@@ -17,6 +17,8 @@ from typing import Any
 
 PACKAGE = Path(__file__).resolve().parents[1]
 BACKENDS = ("triton", "flex", "eager")
+WHY_STALE = "of a run with other kernels than the present ones, or that does not name its kernels"
+"""What a sign at a stale row stands for."""
 _DIGITS = 12
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from .cases import Case
 from .chart import Chart
 from .console import format_bytes, format_seconds
+from .digest import WHY_STALE, is_stale
 from .providers import PROVIDERS
 from .store import Row
 
@@ -191,7 +192,8 @@ def _notes(rows: Iterable[Row]) -> list[str]:
     kept += sorted({row["dtype"] for row in rows})
     runs = sorted({f"{_machine(row)}, torch {row['versions']['torch']}" for row in rows})
     commits = ", ".join(sorted({row["commit"] for row in rows}))
-    return [", ".join(kept), *(f"{run}; commit {commits}" for run in runs)]
+    stale = [f"Rows are {WHY_STALE}."] * any(map(is_stale, rows))
+    return [", ".join(kept), *(f"{run}; commit {commits}" for run in runs), *stale]
 
 
 def _machine(row: Row) -> str:
