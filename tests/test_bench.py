@@ -289,6 +289,7 @@ def test_run_prints_and_appends_complete_rows(capsys, tmp_path):
         "sdpa-masked",
     ]
     assert row["errors"]["scores"] < 1e-4
+    assert min(row["ceilings"].values()) > 1e6
     assert row["hardware"]["device"] == "cpu" and row["versions"]["torch"] == torch.__version__
     for field in ("commit", "command", "time", "peak_bytes", "spread", "seconds", "errors_at"):
         assert row[field] is not None

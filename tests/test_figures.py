@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import pytest
 
 from flash_sparse_attn import __main__
-from flash_sparse_attn.bench import figures, store
+from flash_sparse_attn.bench import figures, roof, store
 from flash_sparse_attn.bench.cases import Case
 from flash_sparse_attn.bench.chart import Chart
 from flash_sparse_attn.bench.grids import backward_performance, forward_performance
@@ -117,6 +117,27 @@ def test_the_roofline_is_work_over_bytes_of_each_pass():
         "fastest pass of all: sdpa-causal, backward": pytest.approx(dense * 10 / 14 / 1e12)
     }
     assert not chart.is_connected
+    # What the machine reached, where rows say so: the best of them.
+    limits = [
+        {"bytes_per_second": 4e12, "flops_per_second": 7e14},
+        {"bytes_per_second": 3e12, "flops_per_second": 8e14},
+    ]
+    rows = [{**found, "ceilings": limits[0]}, {**fast, "ceilings": limits[1]}]
+    chart = figures.FIGURES["roofline"](rows)
+    assert chart.ceilings["matrix product"] == 800.0
+    assert "A copy reached 4 TB/s: at more than 200 operations" in chart.notes[-1]
+
+
+def test_ceilings_are_measured(monkeypatch):
+    monkeypatch.setitem(roof._SIZES, "cpu", (1 << 20, 64))
+    seconds = iter([9.0, 4.0, 5.0, 5.0, 5.0, 5.0, 1.0, 2.0, 0.5, 2.0, 2.0, 2.0])
+    times = (t for s in seconds for t in (0.0, s))
+    monkeypatch.setattr(roof.time, "perf_counter", lambda: next(times))
+    # The first run of each is left out, the best of the others counts.
+    assert roof.ceilings("cpu") == {
+        "bytes_per_second": (2 << 20) / 4.0,
+        "flops_per_second": 2 * 64**3 / 0.5,
+    }
 
 
 def test_passes_and_what_is_given_make_the_least_traffic():

@@ -13,6 +13,7 @@ from .cases import CASES, Case
 from .console import Progress, format_bytes, format_seconds, table
 from .measure import busy_note, measure_isolated, verify_isolated
 from .providers import PROVIDERS, WrongResult
+from .roof import ceilings
 from .store import Row, append_rows, make_row, run_facts
 from .yardsticks import verdicts
 
@@ -77,6 +78,8 @@ def _run(arguments: argparse.Namespace) -> int:
         if not (case.what == "selection" and PROVIDERS[name].dense)  # it selects nothing
     ]
     facts = {case.device: run_facts(case.device) for case in cases}
+    for device, shared in facts.items():
+        shared["ceilings"] = ceilings(device)
     rows: list[Row] = []
     remarks: list[str] = []
     with Progress("bench", len(jobs)) as bar:

@@ -80,7 +80,8 @@ def memory(rows: list[Row]) -> Chart | None:
 def roofline(rows: list[Row]) -> Chart | None:
     """Useful operations a second of every pass of ours, against operations for each byte.
 
-    The ceiling is the fastest pass of any provider in the rows: none is assumed.
+    Ceilings are measured ones: the fastest pass of any provider, and what the machine reached in a
+    matrix product and in copying, where the rows say.
     """
     found = [row for row in latest(rows).values() if _queries(row) > 1 and row["useful_flops"]]
     ours: dict[str, list[tuple[float, float]]] = {}
@@ -97,14 +98,24 @@ def roofline(rows: list[Row]) -> Chart | None:
                 ours.setdefault(f"ours, {part}", []).append((work / traffic[part], speed / 1e12))
     if not ours:
         return None
+    levels, notes = {f"fastest pass of all: {holder}": fastest / 1e12}, []
+    if measured := [row["ceilings"] for row in found if "ceilings" in row]:
+        product, copy = (
+            max(one[name] for one in measured) for name in ("flops_per_second", "bytes_per_second")
+        )
+        levels["matrix product"] = product / 1e12
+        notes.append(
+            f"A copy reached {copy / 1e12:.3g} TB/s: at more than {product / copy:.3g} operations "
+            "for each byte arithmetic is the limit."
+        )
     return Chart(
         "Useful work of each pass",
         "useful operations for each byte that has to be moved",
         "useful TFLOP/s",
         {name: sorted(points) for name, points in ours.items()},
-        _notes(found),
+        [*_notes(found), *notes],
         is_connected=False,
-        ceilings={f"fastest pass of all: {holder}": fastest / 1e12},
+        ceilings=levels,
     )
 
 

@@ -19,6 +19,7 @@ from .cli import report
 from .console import Progress
 from .measure import measure, measure_isolated, verify_isolated
 from .providers import PROVIDERS, WrongResult
+from .roof import ceilings
 from .store import Row, append_rows, make_row, run_facts
 
 _OURS = ("cuda", "triton", "flex", "eager")
@@ -68,7 +69,7 @@ def main(
     if missing := _missing(names):
         print(f"--test-type {options.test_type}: {missing}")
         return 2
-    facts = run_facts(options.device)
+    facts = run_facts(options.device) | {"ceilings": ceilings(options.device)}
     rows: list[Row] = []
     remarks: list[str] = []
     with Progress("configurations", len(cases) * len(names)) as bar:
