@@ -143,7 +143,7 @@ def stack_frame(notes: str) -> int:
 
 def _tiles(row: str, head_dim: int, name: str, slots: str) -> config.TileConfig:
     tiles = config.tiles_for(row, head_dim, slots == "pairs")
-    return tiles.forward_of(slots) if name == "forward" else getattr(tiles, name)
+    return tiles.forward_of(slots, 1 << 30) if name == "forward" else getattr(tiles, name)
 
 
 @cache

@@ -26,6 +26,9 @@ on 8, W = 2048, epochs of 2048 and 4096: 131072 tokens 42.5 and 42.8 (plan 0.25 
 DIRECT_KEYS = 2048
 """Up to so many keys the kernels read a bool mask themselves: to plan would take longer."""
 
+FEW_TILES = 264
+"""So few tiles leave multiprocessors with one or none, which waits for its loads: smaller ones."""
+
 USES_AT_ONCE = 4
 """Contributions to one key that are loaded together when they are summed."""
 
@@ -93,16 +96,23 @@ class Tiles:
         forward, grad_query, grad_key: Output, dQ, dK and dV.
         gathered: Output where rows of keys are gathered, if not as `forward`: epochs see any
             number of keys, and every tile reads them anew.
+        keys: The same where slots are the keys.
+        few: In place of both where their tiles were fewer than `FEW_TILES`.
     """
 
     forward: TileConfig
     grad_query: TileConfig
     grad_key: TileConfig
     gathered: TileConfig | None = None
+    keys: TileConfig | None = None
+    few: TileConfig | None = None
 
-    def forward_of(self, slots: str) -> TileConfig:
-        """The forward kernel for the slots of a plan."""
-        return self.gathered if self.gathered and slots == "gathered" else self.forward
+    def forward_of(self, slots: str, num_rows: int) -> TileConfig:
+        """The forward kernel for the slots of a plan and so many (query, head) pairs."""
+        if slots == "copied":
+            return self.forward
+        wide = (self.gathered if slots == "gathered" else self.keys) or self.forward
+        return self.few if self.few and num_rows < FEW_TILES * wide.block_m else wide
 
 
 def _tiles(*sizes: tuple[Any, ...]) -> Tiles:
@@ -111,10 +121,9 @@ def _tiles(*sizes: tuple[Any, ...]) -> Tiles:
 
 _TMA, _POINTERS = True, False
 
-# (architecture, padded head dimension) -> forward, dQ, dK/dV, gathered forward. The times are in
-# milliseconds, with all copies and sums, bf16, one H200, Triton 3.6, random scores. The gathered
-# forward is compiled only: at 64 rows the L2 cache would bound it, and at head dimension 128 4
-# warps spill.
+# (architecture, padded head dimension) -> forward, dQ, dK/dV, and forward of gathered slots, of
+# keys, of few tiles. The times are in milliseconds, with all copies and sums, bf16, one H200,
+# Triton 3.6, random scores.
 _TABLE = {
     # (B, H, Hkv, N, W) = (1, 2, 1, 32768, 1024): 0.073, 0.080, 0.155. No other forward was faster:
     # 128 rows 0.080, 128 slots 0.079, descriptors 0.082. Four programs on a multiprocessor and not
@@ -123,7 +132,12 @@ _TABLE = {
         (64, 64, 4, 2, _POINTERS, 128),
         (64, 64, 4, 3, _TMA, 168),
         (128, 64, 4, 2, _TMA),
+        # (1, 2, 1, 32768), all keys visible: 1.30 where dense attention with tiles as in `forward`
+        # took 1.81. With one tile for a multiprocessor a sliding window of 1024 keys at 8192
+        # queries took 1.7 microseconds for a block; `few` is compiled only.
         (128, 64, 4, 3, _POINTERS),
+        (128, 64, 4, 3, _POINTERS),
+        (64, 64, 4, 3, _POINTERS),
     ),
     # (1, 32, 8, 32768, 2048): 2.7, 3.3, 4.3. Two programs of 4 warps share a multiprocessor: one
     # computes scores while the other waits; 8 warps: 2.9, 3.5, 4.9.
@@ -131,7 +145,7 @@ _TABLE = {
         (128, 64, 4, 2, _TMA),
         (64, 64, 4, 2, _TMA),
         (64, 64, 4, 2, _TMA),
-        (128, 64, 8, 3, _POINTERS),
+        (128, 64, 8, 3, _POINTERS),  # compiled only: 4 warps spill
     ),
     # Run for correctness, not timed.
     ("sm_90", 256): _tiles((128, 32, 8, 2, _TMA), (64, 32, 8, 2, _TMA), (32, 64, 8, 2, _TMA)),

@@ -53,11 +53,32 @@ from .tiles import (
 
 
 @triton.jit
+def _gathered_bias(
+    block, is_one, i_query, i_group, mask_row, ptr_key, ptr_bits, word_0, num_words, num_slots,
+    ptr_bias, sbn,
+    MASKED: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    WORDS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The bias of pairs ``[M, N]`` of a block of gathered slots, -inf where a row sees none."""
+    slot = block * BLOCK_N + tl.arange(0, BLOCK_N)  # [N]
+    key = tl.load(ptr_key + slot)
+    seen = (mask_row & is_one)[:, None] & (key >= 0)[None, :]
+    if MASKED:
+        seen &= bits_see(
+            ptr_bits, slot, i_query, i_group, word_0, num_words, num_slots, MEMBERS, WORDS, False
+        )
+    offs = (key.to(tl.int64) * sbn)[None, :]
+    return tl.load(ptr_bias + offs, mask=seen, other=float("-inf"))
+
+
+@triton.jit
 def _attend(
-    q, peak, total, acc, block, at, i_query, i_group, mask_row, i_batch, i_head, slots_k, slots_v,
-    slot_base, skn, svn, ptr_key, ptr_start, ptr_expiry, ptr_bits, word_0, num_words, num_slots,
-    key_0, num_keys, ptr_slot_bias, ptr_bias, stride_member, sbg, sbn, ptr_mask, smn, scale,
-    softcap,
+    q, peak, total, acc, pair, block, following, is_one, at, i_query, i_group, mask_row, i_batch,
+    i_head, slots_k, slots_v, slot_base, skn, svn, ptr_key, ptr_start, ptr_expiry, ptr_bits, word_0,
+    num_words, num_slots, key_0, num_keys, ptr_slot_bias, ptr_bias, stride_member, sbg, sbn,
+    ptr_mask, smn, scale, softcap,
     MASKED: tl.constexpr,
     CLEARS: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -78,9 +99,13 @@ def _attend(
 ):  # fmt: skip
     """Attend to one block of slots. Returns the new peak, total and accumulator.
 
+    `pair` is the bias of gathered slots, read a block ahead; that of the `following` block is
+    returned as well, of none if that `is_one` is False.
+
     On demand values that no row of the tile sees count as 0: such may hold anything.
     """
-    HIDES: tl.constexpr = MASKED or (HAS_MASK and ROWS)
+    FETCHED: tl.constexpr = PAIR_BIAS and SLOTS == "gathered"
+    HIDES: tl.constexpr = (MASKED or (HAS_MASK and ROWS)) and not FETCHED
     slot = block * BLOCK_N + tl.arange(0, BLOCK_N)  # [N]
     key = slot
     if SLOTS != "copied" or PAIR_BIAS:
@@ -103,7 +128,7 @@ def _attend(
         else:
             offs = (i_group * sbg)[:, None] + (key.to(tl.int64) * sbn)[None, :]
             scores += log2_bias(tl.load(ptr_bias + offs, mask=(key >= 0)[None, :], other=0.0))
-    if MASKED:
+    if HIDES and MASKED:
         if SLOTS == "gathered":
             sees = bits_see(
                 ptr_bits, slot, i_query, i_group, word_0, num_words, num_slots, MEMBERS, WORDS,
@@ -120,17 +145,23 @@ def _attend(
         near = near_rows(slot, at, mask_row, num_keys, MASKED, CLAMPS, False)
         shown = tl.load(ptr_mask + slot[None, :], mask=near, other=0) != 0
         sees = sees & shown if MASKED else shown
-    if PAIR_BIAS:
+    if FETCHED:
+        scores = tl.where(pair == float("-inf"), float("-inf"), scores + log2_bias(pair))
+        pair = _gathered_bias(
+            following, is_one, i_query, i_group, mask_row, ptr_key, ptr_bits, word_0, num_words,
+            num_slots, ptr_bias, sbn, MASKED, MEMBERS, WORDS, BLOCK_N,
+        )  # fmt: skip
+    elif PAIR_BIAS:
         if ROWS:
             # Not only what the mask shows: the loads need not wait for it.
             near = near_rows(slot, at, mask_row, num_keys, MASKED, CLAMPS, False)
-            pair = tl.load(ptr_bias + slot[None, :], mask=near, other=0.0)
+            bias = tl.load(ptr_bias + slot[None, :], mask=near, other=0.0)
         else:
             seen = mask_row[:, None] & (key >= 0)[None, :]
             if MASKED:
                 seen &= sees
-            pair = tl.load(ptr_bias + (key.to(tl.int64) * sbn)[None, :], mask=seen, other=0.0)
-        scores += log2_bias(pair)
+            bias = tl.load(ptr_bias + (key.to(tl.int64) * sbn)[None, :], mask=seen, other=0.0)
+        scores += log2_bias(bias)
     if HIDES:
         scores = tl.where(sees, scores, float("-inf"))
     probs, factor, peak, total = softmax_update(scores, peak, total)
@@ -141,7 +172,7 @@ def _attend(
     if HIDES and CLEARS:
         v = tl.where((tl.max(sees.to(tl.int32), 0) > 0)[:, None], v, 0.0)
     acc = tl.dot(probs.to(v.dtype), v, acc * factor[:, None])
-    return peak, total, acc
+    return peak, total, acc, pair
 
 
 @triton.jit
@@ -176,31 +207,50 @@ def _walk(
     # Without these conditions ptxas finds a path into the loops on which it has to copy
     # accumulators, and then serializes every wgmma.
     if num_full > 0:
+        pair = 0
+        if PAIR_BIAS and SLOTS == "gathered":
+            pair = _gathered_bias(
+                tl.load(ptr_lists + 2), True, i_query, i_group, mask_row, ptr_key, ptr_bits,
+                word_0, num_words, num_slots, ptr_bias, sbn, False, MEMBERS, WORDS, BLOCK_N,
+            )  # fmt: skip
         for i in tl.range(0, num_full, num_stages=STAGES):
-            block = tl.load(ptr_lists + 2 + i) if SLOTS == "gathered" else i
-            peak, total, acc = _attend(
-                q, peak, total, acc, block, at, i_query, i_group, mask_row, i_batch, i_head,
-                slots_k, slots_v, slot_base, skn, svn, ptr_key, ptr_start, ptr_expiry, ptr_bits,
-                word_0, num_words, num_slots, key_0, num_keys, ptr_slot_bias, ptr_bias,
-                stride_member, sbg, sbn, ptr_mask, smn, scale, softcap, False, CLEARS, SLOTS,
-                HAS_MASK, ROWS, CLAMPS, MEMBERS, WORDS, KEY_BIAS, PAIR_BIAS, HAS_SOFTCAP, D, SLOT_D,
-                BLOCK_N, BLOCK_D, ALIGNED_KV, TMA,
+            block, following = i, i
+            if SLOTS == "gathered":
+                block = tl.load(ptr_lists + 2 + i)
+                following = tl.load(ptr_lists + 2 + tl.minimum(i + 1, num_full - 1))
+            peak, total, acc, pair = _attend(
+                q, peak, total, acc, pair, block, following, i + 1 < num_full, at, i_query, i_group,
+                mask_row, i_batch, i_head, slots_k, slots_v, slot_base, skn, svn, ptr_key,
+                ptr_start, ptr_expiry, ptr_bits, word_0, num_words, num_slots, key_0, num_keys,
+                ptr_slot_bias, ptr_bias, stride_member, sbg, sbn, ptr_mask, smn, scale, softcap,
+                False, CLEARS, SLOTS, HAS_MASK, ROWS, CLAMPS, MEMBERS, WORDS, KEY_BIAS, PAIR_BIAS,
+                HAS_SOFTCAP, D, SLOT_D, BLOCK_N, BLOCK_D, ALIGNED_KV, TMA,
             )  # fmt: skip
     num_border = num_old - num_full
     new_block = old_slots // BLOCK_N - num_border
     if num_border + num_new > 0:
+        pair = 0
+        if PAIR_BIAS and SLOTS == "gathered":
+            pair = _gathered_bias(
+                tl.load(ptr_lists + 2 + num_full), True, i_query, i_group, mask_row, ptr_key,
+                ptr_bits, word_0, num_words, num_slots, ptr_bias, sbn, True, MEMBERS, WORDS,
+                BLOCK_N,
+            )  # fmt: skip
         for i in tl.range(0, num_border + num_new, num_stages=STAGES):
             if SLOTS == "gathered":
                 block = tl.load(ptr_lists + 2 + num_full + i)
+                last = num_full + num_border - 1
+                following = tl.load(ptr_lists + 2 + tl.minimum(num_full + i + 1, last))
             else:
                 block = tl.where(i < num_border, num_full + i, new_block + i)
-            peak, total, acc = _attend(
-                q, peak, total, acc, block, at, i_query, i_group, mask_row, i_batch, i_head,
-                slots_k, slots_v, slot_base, skn, svn, ptr_key, ptr_start, ptr_expiry, ptr_bits,
-                word_0, num_words, num_slots, key_0, num_keys, ptr_slot_bias, ptr_bias,
-                stride_member, sbg, sbn, ptr_mask, smn, scale, softcap, True, CLEARS, SLOTS,
-                HAS_MASK, ROWS, CLAMPS, MEMBERS, WORDS, KEY_BIAS, PAIR_BIAS, HAS_SOFTCAP, D, SLOT_D,
-                BLOCK_N, BLOCK_D, ALIGNED_KV, TMA,
+                following = block
+            peak, total, acc, pair = _attend(
+                q, peak, total, acc, pair, block, following, i + 1 < num_border, at, i_query,
+                i_group, mask_row, i_batch, i_head, slots_k, slots_v, slot_base, skn, svn, ptr_key,
+                ptr_start, ptr_expiry, ptr_bits, word_0, num_words, num_slots, key_0, num_keys,
+                ptr_slot_bias, ptr_bias, stride_member, sbg, sbn, ptr_mask, smn, scale, softcap,
+                True, CLEARS, SLOTS, HAS_MASK, ROWS, CLAMPS, MEMBERS, WORDS, KEY_BIAS, PAIR_BIAS,
+                HAS_SOFTCAP, D, SLOT_D, BLOCK_N, BLOCK_D, ALIGNED_KV, TMA,
             )  # fmt: skip
     return peak, total, acc
 
@@ -408,7 +458,7 @@ def forward(
     if config is None:
         reads_pairs = bool(pair_tensors(plan, call))
         tiles = tiles_for(architecture_of(query.device), head_dim, reads_pairs)
-        config = tiles.forward_of(plan.slots)
+        config = tiles.forward_of(plan.slots, batch * query_len * num_heads)
     num_tiles = triton.cdiv(plan.epoch_len * group, config.block_m)
     lists = tile_lists(plan, group, num_tiles, config.block_m, config.block_n)
     uses_tma = uses_descriptors(plan, key, value, config)
