@@ -70,8 +70,9 @@ def memory_report(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Me
 
     Args:
         function: A function of this package, a module, or any other function that is not compiled.
-        *args, **kwargs: Its arguments; tensors inside selections, lists and dictionaries are named,
-            too. Without one that requires a gradient nothing is kept.
+        *args: Its arguments; tensors inside selections, lists and dictionaries are named, too.
+            Without one that requires a gradient nothing is kept.
+        **kwargs: Likewise.
 
     Returns:
         The report; its text is a table.
