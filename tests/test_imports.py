@@ -39,8 +39,8 @@ PUBLIC = {
 
 # A module imports only from layers above its own in this list; an entry stands for its submodules.
 LAYERS = (
-    {"_conflicts", "_version", "memory", "plan", "quantize", "reference", "scores", "varlen"},
-    {"intervals"},
+    {"_conflicts", "_version", "memory", "plan", "quantize", "reference", "tracing", "varlen"},
+    {"intervals", "scores"},
     {"checks"},
     {"cache_checks", "problem", "utils", "window_state"},
     {"backends"},

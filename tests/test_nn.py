@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from compare import assert_fair
 from oracles import visible_keys
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from flash_sparse_attn import DynamicMaskAttention
@@ -187,6 +188,38 @@ def test_score_operator_is_well_formed():
             torch.ops.flash_sparse_attn.key_scores.default,
             (hidden, weight, offset, rate, exponential),
         )
+
+
+class Seen(TorchDispatchMode):
+    """Names of the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("activation", ["softplus", "exp"])
+def test_scores_have_the_same_bits_whoever_looks(activation):
+    """Those who look at operators see one; the others are spared what it costs."""
+    layer, hidden = make_layer(score_activation=activation), make_hidden().requires_grad_()
+    seen = Seen()
+    with seen:
+        watched = layer.scores(hidden)
+    assert "flash_sparse_attn::key_scores" in seen.names
+    scores = layer.scores(hidden)
+    assert torch.equal(scores, watched) and scores.grad_fn.name() != watched.grad_fn.name()
+    leaves = [hidden, layer.A, layer.dt_proj.weight, layer.v_proj.weight]
+    upstream = torch.randn_like(scores)
+    for got, want in zip(
+        torch.autograd.grad(scores, leaves, upstream),
+        torch.autograd.grad(watched, leaves, upstream),
+        strict=True,
+    ):
+        assert torch.equal(got, want)
 
 
 def test_an_untrained_layer_is_a_sliding_window():

@@ -132,8 +132,7 @@ class Plan:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        tensors = (getattr(self, f.name) for f in fields(self))
-        return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+        return sum(part.numel() * part.element_size() for part in self.parts if part is not None)
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -143,7 +142,20 @@ class Plan:
     @property
     def parts(self) -> tuple[Tensor | None, ...]:
         """All tensors in order, ``None`` for those it does not have."""
-        return tuple(getattr(self, name) for name in _TENSORS)
+        return (
+            self.slot_key,
+            self.slot_start,
+            self.slot_expiry,
+            self.counts,
+            self.visible,
+            self.entered,
+            self.use_end,
+            self.use_slot,
+            self.epochs,
+            self.slot_bits,
+            self.block_bits,
+            self.mask,
+        )
 
     def tensors(self) -> list[Tensor]:
         """All tensors, empty ones in place of ``None``: what an operator can take and return."""
@@ -259,7 +271,7 @@ _SIZES = ("epoch_len", "old_slots", "query_len", "key_len", "clamps_positions")
 _pytree.register_pytree_node(
     Plan,
     lambda plan: (
-        [getattr(plan, name) for name in _TENSORS],
+        list(plan.parts),
         tuple(getattr(plan, name) for name in _SIZES),
     ),
     lambda children, context: Plan(

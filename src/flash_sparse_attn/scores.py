@@ -12,6 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .tracing import is_watched
 
 # Scores are summed in parts of so many products: parts that stay in a processor's cache, and parts
 # that fill a GPU without taking gigabytes.
@@ -41,22 +44,19 @@ def folded_key_scores(
             offset = offset + rows @ v_proj.bias.float()
         if dt_proj.bias is not None:
             offset = offset + dt_proj.bias.float()
-    return _key_scores(hidden_states, weight, offset, A.float(), exponential)[0]
+    inputs = (hidden_states, weight, offset, A.float(), exponential)
+    if is_watched(hidden_states) or is_watched(weight):
+        return _key_scores(*inputs)[0]
+    return _KeyScores.apply(*inputs)
 
 
-@torch.library.custom_op(
-    "flash_sparse_attn::key_scores",
-    mutates_args=(),
-    schema="(Tensor hidden, Tensor weight, Tensor offset, Tensor A, bool exponential)"
-    " -> (Tensor, Tensor)",
-)
-def _key_scores(
+def _compute(
     hidden: Tensor, weight: Tensor, offset: Tensor, A: Tensor, exponential: bool
 ) -> tuple[Tensor, Tensor]:
     """Scores and logits, fp32 ``[..., Hkv, S]``, of ``hidden [..., S, N]``; ``weight [Hkv, N]``.
 
-    An operator of its own, so that a compiler cannot contract or reorder the sums. Products are
-    added in halves, element by element: correctly rounded operations in an order fixed by ``N``.
+    Products are added in halves, element by element: correctly rounded operations in an order fixed
+    by ``N``.
     """
     products = _PRODUCTS_ON_CPU if hidden.device.type == "cpu" else _PRODUCTS_ON_GPU
     parts = hidden.reshape(-1, hidden.shape[-1]).split(max(1, products // weight.numel()))
@@ -72,9 +72,19 @@ def _sum_in_halves(terms: Tensor) -> Tensor:
     size = terms.shape[-1]
     while size > 1:
         half = 1 << ((size - 1).bit_length() - 1)
-        terms[..., : size - half] += terms[..., half:size]
+        terms.narrow(-1, 0, size - half).add_(terms.narrow(-1, half, size - half))
         size = half
     return terms[..., 0]
+
+
+# An operator of its own, so that a compiler cannot contract or reorder the sums.
+_key_scores = torch.library.custom_op(
+    "flash_sparse_attn::key_scores",
+    _compute,
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor weight, Tensor offset, Tensor A, bool exponential)"
+    " -> (Tensor, Tensor)",
+)
 
 
 @_key_scores.register_fake
@@ -90,7 +100,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.save_for_backward(hidden, weight, A, *output)
 
 
-def _differentiate(ctx: Any, grad_score: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad_score: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     """Plain matrix products: a gradient need not have the same bits in every batch."""
     hidden, weight, A, score, logit = ctx.saved_tensors
     with torch.autocast(hidden.device.type, enabled=False):
@@ -104,3 +114,18 @@ def _differentiate(ctx: Any, grad_score: Tensor, _: Tensor) -> tuple[Tensor | No
 
 
 _key_scores.register_autograd(_differentiate, setup_context=_save)
+
+
+class _KeyScores(torch.autograd.Function):
+    """The scores of the operator, and its gradients, without what an operator costs the host."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        results = _compute(*inputs)
+        _save(ctx, inputs, results)
+        return results[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_score: Tensor) -> tuple[Tensor | None, ...]:
+        return _differentiate(ctx, grad_score, None)

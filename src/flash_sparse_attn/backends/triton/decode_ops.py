@@ -10,8 +10,9 @@ from torch import Tensor
 from ...intervals import KeySelection
 from ...problem import Problem
 from ...quantize import FP8
+from ...tracing import is_traced
 from ...window_state import WindowState
-from .ops import is_traced, on_device
+from .ops import on_device
 
 _DTYPES = (torch.float16, torch.bfloat16)
 _FP8_CAPABILITY = (8, 9)

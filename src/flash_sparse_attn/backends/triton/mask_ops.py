@@ -10,10 +10,11 @@ from torch import Tensor
 
 from ...plan import Plan
 from ...problem import Problem
+from ...tracing import is_traced
 from ...varlen import PackedSequences
 from .config import SLOT_ALIGN
 from .masks import MaskLayout
-from .ops import is_traced, on_device
+from .ops import on_device
 
 _library = torch.library.Library("flash_sparse_attn", "FRAGMENT")
 _library.define(

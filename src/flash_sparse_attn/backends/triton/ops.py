@@ -16,6 +16,7 @@ from torch import Tensor
 from ...intervals import KeySelection
 from ...plan import Plan
 from ...problem import Problem
+from ...tracing import is_traced, is_watched
 from ...varlen import PackedSequences
 from .layout import Layout
 
@@ -339,7 +340,7 @@ def attend(
     if not query.stride(-1) == key.stride(-1) == value.stride(-1) == 1:
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     factors = problem.softmax_scale, problem.softcap
-    if _is_watched(query):
+    if is_watched(query):
         operator = torch.ops.flash_sparse_attn.forward
         call = (*factors, ready.clamps_positions, list(ready.sizes))
         out, lse, _ = operator(query, key, value, bias, ready.tensors(), *call)
@@ -381,18 +382,8 @@ class _Attention(torch.autograd.Function):
         if grad_out is None:
             return (*rest, *rest, None)
         tensors = (grad_out, query, key, value, bias, out, norm)
-        if not (torch.is_grad_enabled() or _is_watched(grad_out)):
+        if not (torch.is_grad_enabled() or is_watched(grad_out)):
             return (*_run_backward(*tensors, plan, *ctx.factors, needs), *rest)
         call = (*ctx.factors, plan.clamps_positions, list(plan.sizes), list(needs))
         grads = torch.ops.flash_sparse_attn.backward(*tensors, plan.tensors(), *call)
         return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), *rest)
-
-
-def _is_watched(tensor: Tensor) -> bool:
-    """Whether somebody has to see operators: as in `is_traced`, or for a choice of what to keep."""
-    return is_traced(tensor) or torch._C._len_torch_dispatch_stack() > 0
-
-
-def is_traced(tensor: Tensor) -> bool:
-    """Whether a compiler, a fake mode or another subclass has to see operators, not launches."""
-    return torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter)
