@@ -264,7 +264,13 @@ PLANS = {
     "causal, several runs": Case(queries=150, keys=150, window=70, keep_first=1, keep_recent=4),
     "padded, recent": Case(queries=100, keys=100, keep_recent=12, padded=True),
     "more keys than queries": Case(queries=30, keys=100),
-    "packed": Case(queries=140, keys=150, packed=((0, 7, 8, 140), (0, 10, 11, 150))),
+    "packed": Case(
+        queries=140,
+        keys=150,
+        kv_heads=2,
+        heads=2,
+        packed=((0, 7, 7, 8, 140, 140), (0, 10, 20, 21, 130, 150)),
+    ),
     "shared, recent, not causal": Case(
         mode="shared", is_causal=False, keep_recent=6, queries=70, keys=50
     ),
@@ -277,6 +283,9 @@ def test_plan(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # So small that a hundred keys go through two levels of coarse epochs and several pieces.
     for constant, value in (("_COARSE", 32), ("_LEVEL", 2), ("_BLOCK", 16), ("_PIECE", 32)):
         monkeypatch.setattr(COLLECTING, constant, value)
+    # And its uses are summed in several pieces of several blocks.
+    for constant, value in (("_USES", 16), ("_PIECES", 4)):
+        monkeypatch.setattr(PLANNING, constant, value)
     inputs = Inputs(PLANS[name])
     plan = inputs.plan()
     assert torch.equal(plan.to_dense(), inputs.visible().flatten(0, 1))
