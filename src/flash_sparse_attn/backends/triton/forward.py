@@ -34,6 +34,7 @@ from .tiles import (
     NUMBERS,
     bits_see,
     epoch_bounds,
+    gathered_bias,
     key_blocks,
     key_bounds,
     load_rows,
@@ -50,27 +51,6 @@ from .tiles import (
     tile_blocks,
     tile_rows,
 )
-
-
-@triton.jit
-def _gathered_bias(
-    block, is_one, i_query, i_group, mask_row, ptr_key, ptr_bits, word_0, num_words, num_slots,
-    ptr_bias, sbn,
-    MASKED: tl.constexpr,
-    MEMBERS: tl.constexpr,
-    WORDS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """The bias of pairs ``[M, N]`` of a block of gathered slots, -inf where a row sees none."""
-    slot = block * BLOCK_N + tl.arange(0, BLOCK_N)  # [N]
-    key = tl.load(ptr_key + slot)
-    seen = (mask_row & is_one)[:, None] & (key >= 0)[None, :]
-    if MASKED:
-        seen &= bits_see(
-            ptr_bits, slot, i_query, i_group, word_0, num_words, num_slots, MEMBERS, WORDS, False
-        )
-    offs = (key.to(tl.int64) * sbn)[None, :]
-    return tl.load(ptr_bias + offs, mask=seen, other=float("-inf"))
 
 
 @triton.jit
@@ -147,7 +127,7 @@ def _attend(
         sees = sees & shown if MASKED else shown
     if FETCHED:
         scores = tl.where(pair == float("-inf"), float("-inf"), scores + log2_bias(pair))
-        pair = _gathered_bias(
+        pair = gathered_bias(
             following, is_one, i_query, i_group, mask_row, ptr_key, ptr_bits, word_0, num_words,
             num_slots, ptr_bias, sbn, MASKED, MEMBERS, WORDS, BLOCK_N,
         )  # fmt: skip
@@ -209,7 +189,7 @@ def _walk(
     if num_full > 0:
         pair = 0
         if PAIR_BIAS and SLOTS == "gathered":
-            pair = _gathered_bias(
+            pair = gathered_bias(
                 tl.load(ptr_lists + 2), True, i_query, i_group, mask_row, ptr_key, ptr_bits,
                 word_0, num_words, num_slots, ptr_bias, sbn, False, MEMBERS, WORDS, BLOCK_N,
             )  # fmt: skip
@@ -231,7 +211,7 @@ def _walk(
     if num_border + num_new > 0:
         pair = 0
         if PAIR_BIAS and SLOTS == "gathered":
-            pair = _gathered_bias(
+            pair = gathered_bias(
                 tl.load(ptr_lists + 2 + num_full), True, i_query, i_group, mask_row, ptr_key,
                 ptr_bits, word_0, num_words, num_slots, ptr_bias, sbn, True, MEMBERS, WORDS,
                 BLOCK_N,

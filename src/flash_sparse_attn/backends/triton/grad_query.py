@@ -23,6 +23,7 @@ from .tiles import (
     NUMBERS,
     bits_see,
     epoch_bounds,
+    gathered_bias,
     key_blocks,
     key_bounds,
     load_grads,
@@ -45,10 +46,10 @@ _INF = tl.constexpr(float("inf"))
 
 @triton.jit
 def _add_block(
-    q, grad, peak, share, delta, acc, block, at, i_query, i_group, mask_row, i_batch, i_head,
-    slots_k, slots_v, slot_base, skn, svn, ptr_key, ptr_start, ptr_expiry, ptr_bits, word_0,
-    num_words, num_slots, key_0, num_keys, ptr_slot_bias, ptr_bias, ptr_pairs, stride_member, sbg,
-    sbn, ptr_mask, smn, scale, softcap,
+    q, grad, peak, share, delta, acc, pair, block, following, is_one, at, i_query, i_group,
+    mask_row, i_batch, i_head, slots_k, slots_v, slot_base, skn, svn, ptr_key, ptr_start,
+    ptr_expiry, ptr_bits, word_0, num_words, num_slots, key_0, num_keys, ptr_slot_bias, ptr_bias,
+    ptr_pairs, stride_member, sbg, sbn, ptr_mask, smn, scale, softcap,
     MASKED: tl.constexpr,
     CLEARS: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -71,14 +72,17 @@ def _add_block(
 ):  # fmt: skip
     """Add the contribution of one block of slots to dQ, and store the gradient of its scores.
 
+    `pair`, `following` and `is_one` as in `forward.py`.
+
     On demand keys that no row of the tile sees count as 0: such may hold anything.
     """
-    HIDES: tl.constexpr = MASKED or (HAS_MASK and ROWS)
+    FETCHED: tl.constexpr = PAIR_BIAS and SLOTS == "gathered"
+    HIDES: tl.constexpr = (MASKED or (HAS_MASK and ROWS)) and not FETCHED
     slot = block * BLOCK_N + tl.arange(0, BLOCK_N)  # [N]
     key = slot
     if SLOTS != "copied" or PAIR_BIAS:
         key = slot_keys(ptr_key, slot, key_0, num_keys, SLOTS)
-    if MASKED:
+    if HIDES and MASKED:
         if SLOTS == "gathered":
             sees = bits_see(
                 ptr_bits, slot, i_query, i_group, word_0, num_words, num_slots, MEMBERS, WORDS,
@@ -119,17 +123,23 @@ def _add_block(
         else:
             offs = (i_group * sbg)[:, None] + (key.to(tl.int64) * sbn)[None, :]
             scores += log2_bias(tl.load(ptr_bias + offs, mask=(key >= 0)[None, :], other=0.0))
-    if PAIR_BIAS:
+    if FETCHED:
+        scores = tl.where(pair == -_INF, -_INF, scores + log2_bias(pair))
+        pair = gathered_bias(
+            following, is_one, i_query, i_group, mask_row, ptr_key, ptr_bits, word_0, num_words,
+            num_slots, ptr_bias, sbn, MASKED, MEMBERS, WORDS, BLOCK_N,
+        )  # fmt: skip
+    elif PAIR_BIAS:
         if ROWS:
             # Not only what the mask shows: the loads need not wait for it.
             near = near_rows(slot, at, mask_row, num_keys, MASKED, CLAMPS, False)
-            pair = tl.load(ptr_bias + slot[None, :], mask=near, other=0.0)
+            bias = tl.load(ptr_bias + slot[None, :], mask=near, other=0.0)
         else:
             seen = mask_row[:, None] & (key >= 0)[None, :]
             if MASKED:
                 seen &= sees
-            pair = tl.load(ptr_bias + (key.to(tl.int64) * sbn)[None, :], mask=seen, other=0.0)
-        scores += log2_bias(pair)
+            bias = tl.load(ptr_bias + (key.to(tl.int64) * sbn)[None, :], mask=seen, other=0.0)
+        scores += log2_bias(bias)
     if HIDES:
         scores = tl.where(sees, scores, -_INF)
     probs = tl.exp2(scores - peak[:, None])  # times the row's share
@@ -145,7 +155,7 @@ def _add_block(
         tl.store(ptr_pairs + slot[None, :], grad_scores.to(ptr_pairs.dtype.element_ty))
     if HAS_SOFTCAP:
         grad_scores *= 1.0 - tanh * tanh
-    return tl.dot(grad_scores.to(k.dtype), k, acc)
+    return tl.dot(grad_scores.to(k.dtype), k, acc), pair
 
 
 @triton.jit
@@ -179,33 +189,52 @@ def _walk(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     # The conditions keep wgmma asynchronous, see `forward.py`.
     if num_full > 0:
+        pair = 0
+        if PAIR_BIAS and SLOTS == "gathered":
+            pair = gathered_bias(
+                tl.load(ptr_lists + 2), True, i_query, i_group, mask_row, ptr_key, ptr_bits,
+                word_0, num_words, num_slots, ptr_bias, sbn, False, MEMBERS, WORDS, BLOCK_N,
+            )  # fmt: skip
         for i in tl.range(0, num_full, num_stages=STAGES):
-            block = tl.load(ptr_lists + 2 + i) if SLOTS == "gathered" else i
-            acc = _add_block(
-                q, grad, peak, share, delta, acc, block, at, i_query, i_group, mask_row,
-                i_batch, i_head, slots_k, slots_v, slot_base, skn, svn, ptr_key, ptr_start,
-                ptr_expiry, ptr_bits, word_0, num_words, num_slots, key_0, num_keys,
-                ptr_slot_bias, ptr_bias, ptr_pairs, stride_member, sbg, sbn, ptr_mask, smn,
-                scale, softcap, False, CLEARS, SLOTS, HAS_MASK, ROWS, CLAMPS, MEMBERS, WORDS,
-                KEY_BIAS, PAIR_BIAS, PAIR_GRAD, GROUP, HAS_SOFTCAP, D, SLOT_D, BLOCK_N,
-                BLOCK_D, ALIGNED_KV, TMA,
+            block, following = i, i
+            if SLOTS == "gathered":
+                block = tl.load(ptr_lists + 2 + i)
+                following = tl.load(ptr_lists + 2 + tl.minimum(i + 1, num_full - 1))
+            acc, pair = _add_block(
+                q, grad, peak, share, delta, acc, pair, block, following, i + 1 < num_full, at,
+                i_query, i_group, mask_row, i_batch, i_head, slots_k, slots_v, slot_base, skn, svn,
+                ptr_key, ptr_start, ptr_expiry, ptr_bits, word_0, num_words, num_slots, key_0,
+                num_keys, ptr_slot_bias, ptr_bias, ptr_pairs, stride_member, sbg, sbn, ptr_mask,
+                smn, scale, softcap, False, CLEARS, SLOTS, HAS_MASK, ROWS, CLAMPS, MEMBERS, WORDS,
+                KEY_BIAS, PAIR_BIAS, PAIR_GRAD, GROUP, HAS_SOFTCAP, D, SLOT_D, BLOCK_N, BLOCK_D,
+                ALIGNED_KV, TMA,
             )  # fmt: skip
     num_border = num_old - num_full
     new_block = old_slots // BLOCK_N - num_border
     if num_border + num_new > 0:
+        pair = 0
+        if PAIR_BIAS and SLOTS == "gathered":
+            pair = gathered_bias(
+                tl.load(ptr_lists + 2 + num_full), True, i_query, i_group, mask_row, ptr_key,
+                ptr_bits, word_0, num_words, num_slots, ptr_bias, sbn, True, MEMBERS, WORDS,
+                BLOCK_N,
+            )  # fmt: skip
         for i in tl.range(0, num_border + num_new, num_stages=STAGES):
             if SLOTS == "gathered":
                 block = tl.load(ptr_lists + 2 + num_full + i)
+                last = num_full + num_border - 1
+                following = tl.load(ptr_lists + 2 + tl.minimum(num_full + i + 1, last))
             else:
                 block = tl.where(i < num_border, num_full + i, new_block + i)
-            acc = _add_block(
-                q, grad, peak, share, delta, acc, block, at, i_query, i_group, mask_row,
-                i_batch, i_head, slots_k, slots_v, slot_base, skn, svn, ptr_key, ptr_start,
-                ptr_expiry, ptr_bits, word_0, num_words, num_slots, key_0, num_keys,
-                ptr_slot_bias, ptr_bias, ptr_pairs, stride_member, sbg, sbn, ptr_mask, smn,
-                scale, softcap, True, CLEARS, SLOTS, HAS_MASK, ROWS, CLAMPS, MEMBERS, WORDS,
-                KEY_BIAS, PAIR_BIAS, PAIR_GRAD, GROUP, HAS_SOFTCAP, D, SLOT_D, BLOCK_N,
-                BLOCK_D, ALIGNED_KV, TMA,
+                following = block
+            acc, pair = _add_block(
+                q, grad, peak, share, delta, acc, pair, block, following, i + 1 < num_border, at,
+                i_query, i_group, mask_row, i_batch, i_head, slots_k, slots_v, slot_base, skn, svn,
+                ptr_key, ptr_start, ptr_expiry, ptr_bits, word_0, num_words, num_slots, key_0,
+                num_keys, ptr_slot_bias, ptr_bias, ptr_pairs, stride_member, sbg, sbn, ptr_mask,
+                smn, scale, softcap, True, CLEARS, SLOTS, HAS_MASK, ROWS, CLAMPS, MEMBERS, WORDS,
+                KEY_BIAS, PAIR_BIAS, PAIR_GRAD, GROUP, HAS_SOFTCAP, D, SLOT_D, BLOCK_N, BLOCK_D,
+                ALIGNED_KV, TMA,
             )  # fmt: skip
     return acc
 

@@ -232,6 +232,27 @@ def bits_see(
 
 
 @triton.jit
+def gathered_bias(
+    block, is_one, i_query, i_group, mask_row, ptr_key, ptr_bits, word_0, num_words, num_slots,
+    ptr_bias, sbn,
+    MASKED: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    WORDS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The bias of pairs ``[M, N]`` of a block of gathered slots, -inf where a row sees none."""
+    slot = block * BLOCK_N + tl.arange(0, BLOCK_N)  # [N]
+    key = tl.load(ptr_key + slot)
+    seen = (mask_row & is_one)[:, None] & (key >= 0)[None, :]
+    if MASKED:
+        seen &= bits_see(
+            ptr_bits, slot, i_query, i_group, word_0, num_words, num_slots, MEMBERS, WORDS, False
+        )
+    offs = (key.to(tl.int64) * sbn)[None, :]
+    return tl.load(ptr_bias + offs, mask=seen, other=float("-inf"))
+
+
+@triton.jit
 def tile_rows(i_tile, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
     """The rows of a tile, and the query and head of each. [BLOCK_M]."""
     offs = tl.arange(0, BLOCK_M)
