@@ -98,6 +98,20 @@ def test_every_pattern(number: int, path: str) -> None:
         check(query, key, value, None, bias.to(BF16), is_causal=number % 2 == 0)
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP16, torch.float32])
+@pytest.mark.parametrize("heads", [1, HKV, H])
+def test_aligned_rows(heads: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that are read 8 keys at a time, beside views of them whose rows begin anywhere."""
+    _take("direct", monkeypatch)
+    query, key, value = inputs_of((B, H, HKV, Q, 136, 64))
+    wide = torch.rand(B, heads, Q, 144, device="cuda") < 0.5
+    bias = torch.randn(1, H, Q, 136, device="cuda").to(dtype)
+    for begin in (0, 8, 3):
+        mask = wide[..., begin : begin + 136]
+        check(query, key, value, mask, bias, is_causal=begin == 8)
+    check(query, key, value, None, bias, is_causal=heads == 1)
+
+
 def random_mask(draw: random.Random, shape: tuple[int, ...]) -> Tensor:
     query = torch.arange(shape[2], device="cuda")[:, None]
     key = torch.arange(shape[3], device="cuda")
