@@ -328,14 +328,18 @@ def quality_text(words: Words) -> list[str]:
     return everywhere if everywhere == late else [*late[: late.index("")], "", *everywhere]
 
 
-def _quality(result: str, title: str, words: Words) -> list[str]:
-    """One line for every case: the mean over seeds, and from the least to the largest."""
-    name = "quality.jsonl"
+def quality_cpu(words: Words) -> list[str]:
+    """The small recall of CPUs."""
+    return _quality("accuracy", "right answers", words, "quality-cpu.jsonl")
+
+
+def _quality(result: str, title: str, words: Words, name: str = "quality.jsonl") -> list[str]:
+    """One line for every case and its lessons: the mean over seeds, and least to largest."""
     path = RESULTS / name
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    # The last row of every case, attention and seed.
+    # The last row of every case with its lessons, attention and seed.
     found = {
-        (row["case"], row["provider"], row["seed"]): row
+        ((row["case"], _lessons(row)), row["provider"], row["seed"]): row
         for row in map(json.loads, lines)
         if result in row["results"]
     }
@@ -346,9 +350,10 @@ def _quality(result: str, title: str, words: Words) -> list[str]:
     for case in dict.fromkeys(case for case, _, _ in found):
         rows = [row for (of, _, _), row in found.items() if of == case]
         samples = sorted({row["train_samples"] for row in rows})
-        cells = [case, " / ".join(f"{n:,}" for n in samples), str(len({r["seed"] for r in rows}))]
-        if has_lessons:
-            cells.append(" / ".join(dict.fromkeys(map(_lessons, rows))))
+        name_of_case, lessons = case
+        seeds = str(len({row["seed"] for row in rows}))
+        cells = [name_of_case, " / ".join(f"{n:,}" for n in samples), seeds]
+        cells += [lessons] * has_lessons
         for kind in ATTENTIONS:
             of_kind = [row for row in rows if row["provider"] == kind]
             text = _over_seeds([row["results"][result] for row in of_kind])
@@ -407,6 +412,7 @@ TABLES: dict[str, Callable[[Words], list[str]]] = {
     "everything": everything,
     "quality-recall": quality_recall,
     "quality-text": quality_text,
+    "quality-cpu": quality_cpu,
     "support": features,
     "figures": figures,
 }

@@ -233,8 +233,12 @@ def test_tables_of_quality(tmp_path, monkeypatch):
     assert "commit abc, 2026-01-01: `run 1`" in lines[4] and len(lines) == 5
     lessons = [{"steps": 200, "batch": 64, "length": 32, "pairs": 16}]
     taught = json.loads(row("recall-2", "full", 0, accuracy=1.0)) | {"curriculum": lessons}
-    (tmp_path / "quality.jsonl").write_text("\n".join([*rows, json.dumps(taught)]))
+    more = taught | {"curriculum": lessons * 2, "results": {"accuracy": 0.5}}
+    (tmp_path / "quality.jsonl").write_text(
+        "\n".join([*rows, json.dumps(taught), json.dumps(more)])
+    )
     lines = tables.quality_recall(words)
+    assert "| 200 × 16 pairs in 32, 200 × 16 pairs in 32 | 0.500 |" in lines[4]
     assert lines[2].startswith("| recall-1 | 1,280 | 2 | none | 0.625")
     assert lines[3] == "| recall-2 | 1,280 | 1 | 200 × 16 pairs in 32 | 1.000 |  |  |  |"
     (tmp_path / "quality.jsonl").write_text("\n".join(rows))

@@ -316,7 +316,9 @@ def test_lessons_are_told(tmp_path, capsys):
     assert told in capsys.readouterr().out
     (row,) = read_rows(out)
     assert row["case"] == "recall-values-64-d16-curriculum"
-    assert list(figure._columns([row])) == ["8 pairs in 64 tokens, noise: values, after lessons"]
+    assert list(figure._columns([row])) == [
+        "8 pairs in 64 tokens, noise: values, after 2 + 2 steps of lessons"
+    ]
 
 
 def test_the_script_writes_rows_and_figures(tmp_path, capsys):

@@ -119,8 +119,13 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def last_of_each(rows: list[Row]) -> list[Row]:
-    """The last row of every case, provider and seed."""
-    return list({(row["case"], row["provider"], row.get("seed")): row for row in rows}.values())
+    """The last row of every case, provider, and training: its seed and its lessons."""
+    return list(
+        {
+            (row["case"], row["provider"], row.get("seed"), str(row.get("curriculum"))): row
+            for row in rows
+        }.values()
+    )
 
 
 def _compare(arguments: argparse.Namespace) -> int:

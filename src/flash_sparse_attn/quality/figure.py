@@ -42,13 +42,17 @@ def draw(rows: list[Row], form: str) -> bytes:
 
 def _columns(rows: list[Row]) -> dict[str, list[Row]]:
     """Rows by panel; of several with one seed the last."""
-    last = {(row["case"], row["provider"], row["seed"]): row for row in rows}
+    last = {
+        (row["case"], str(row.get("curriculum")), row["provider"], row["seed"]): row for row in rows
+    }
     columns: dict[str, list[Row]] = {}
     for row in last.values():
         title = f"text, {row['length']} bytes"
         if "pairs" in row:
             title = f"{row['pairs']} pairs in {row['length']} tokens, noise: {row['noise']}"
-            title += ", after lessons" if "curriculum" in row else ""
+            if lessons := row.get("curriculum"):
+                steps = " + ".join(str(lesson["steps"]) for lesson in lessons)
+                title += f", after {steps} steps of lessons"
         columns.setdefault(title, []).append(row)
     return columns
 
