@@ -23,6 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ["-m", "flash_sparse_attn", "bench", "run", "--repeats", "11"]
 RANKS = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "gpu"]
+MASKS = ["main", "keys", "small", "patterns"]
 OURS, DENSE, FLEX = ("--provider", "ours"), ("--provider", "sdpa-causal"), ("--provider", "flex")
 
 
@@ -45,6 +46,7 @@ JOBS = [
     Job("flex", [*BENCH, *cases("gpu-2048", "gpu-4096", "gpu-8192", "gpu-16384"), *OURS, *FLEX]),
     Job("masks", ["tests/gpu/time_masks.py"]),
     Job("decoding", ["tests/gpu/time_decode.py"]),
+    Job("masks by kernel", ["tests/gpu/time_masks.py", *MASKS, "--ours", "--profile"]),
     Job("dense", [*BENCH, *cases("gpu-c", "gpu-2048", "gpu-4096", "gpu-8192"), *OURS, *DENSE]),
     Job("heart", [*BENCH, *cases("gpu-a", "gpu-b", "gpu-16384"), *OURS, *DENSE]),
     Job("million", [*BENCH, *cases("gpu-1m"), *OURS]),
