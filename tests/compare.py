@@ -44,10 +44,7 @@ def assert_fair(result: Tensor, truth: Tensor, plain: Tensor, name: str = "resul
         name: used in messages.
     """
     assert result.dtype == plain.dtype, f"{name}: dtype {result.dtype}, expected {plain.dtype}"
-    assert_within(result, truth, largest_error(plain, truth, f"plain PyTorch's {name}"), name)
-
-
-def assert_within(result: Tensor, truth: Tensor, fair: float, name: str = "result") -> None:
-    """`assert_fair` for a known error of plain PyTorch."""
-    error, budget = largest_error(result, truth, name), FACTOR * fair + FLOOR
+    error = largest_error(result, truth, name)
+    fair = largest_error(plain, truth, f"plain PyTorch's {name}")
+    budget = FACTOR * fair + FLOOR
     assert error <= budget, f"{name}: error {error:.3g} exceeds {budget:.3g}, plain has {fair:.3g}"

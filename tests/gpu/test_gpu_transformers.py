@@ -46,13 +46,11 @@ def test_training_step_against_the_eager_backend(make_model, dtype):
     plain, model = copy.deepcopy(reference), copy.deepcopy(reference).cuda()
     truth = train(reference, "cpu", False)
     expected, found = train(plain, "cpu", True), train(model, "cuda", True)
-
-    def worst(results):
-        errors = [(results[name] - grad).norm() / grad.norm() for name, grad in truth.items()]
-        return max(map(float, errors))
-
-    # A rounded score can choose another key, in whichever layer.
-    assert worst(found) <= 2 * worst(expected) + 2e-2
+    for name, grad in truth.items():
+        fair, error = (
+            float((each[name] - grad).norm() / grad.norm()) for each in (expected, found)
+        )
+        assert error < max(0.1, 2 * fair), (name, error, fair)
 
 
 @pytest.mark.parametrize("cache", [None, "static"])

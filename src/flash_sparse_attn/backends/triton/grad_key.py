@@ -288,7 +288,7 @@ def grad_key_kernel(
             from_any = tl.maximum(tl.min(start, 0) - position, 0)
             to_any = tl.minimum(tl.minimum(tl.max(expiry, 0), end) - position, num)
             from_all = tl.maximum(tl.minimum(tl.max(start, 0), end) - position, 0)
-            to_all = tl.maximum(tl.minimum(tl.min(expiry, 0), end) - position, 0)
+            to_all = tl.minimum(tl.minimum(tl.min(expiry, 0), end) - position, num)
             if CLAMPS:
                 from_any = tl.where(tl.min(start, 0) <= 0, 0, from_any)
                 from_all = tl.where(tl.max(start, 0) <= 0, 0, from_all)
@@ -296,7 +296,7 @@ def grad_key_kernel(
             tile_1 = tl.maximum(tl.cdiv(to_any * GROUP, BLOCK_M), 0)
             tile_0 = tl.minimum(from_any * GROUP // BLOCK_M, tile_1)
             full_0 = tl.minimum(tl.cdiv(from_all * GROUP, BLOCK_M), tile_1)
-            full_1 = tl.maximum(tl.minimum(to_all * GROUP // BLOCK_M, tile_1), full_0)
+            full_1 = tl.maximum(tl.maximum(to_all, 0) * GROUP // BLOCK_M, full_0)
             if HAS_MASK:
                 full_1 = full_0  # with a second loop ptxas serializes wgmma
             num_before = full_0 - tile_0
