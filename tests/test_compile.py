@@ -141,19 +141,24 @@ def stack_frame(notes: str) -> int:
     return number(r"(\d+) bytes stack frame", notes)
 
 
-def _tiles(row: str, head_dim: int, name: str, slots: str) -> config.TileConfig:
+def _tiles(
+    row: str, head_dim: int, name: str, slots: str, num_rows: int = 1 << 30
+) -> config.TileConfig:
     tiles = config.tiles_for(row, head_dim, slots == "pairs")
-    return tiles.forward_of(slots, 1 << 30) if name == "forward" else getattr(tiles, name)
+    kind = "keys" if slots == "pairs" else slots
+    return tiles.forward_of(kind, num_rows) if name == "forward" else getattr(tiles, name)
 
 
 @cache
-def compiled(target: str, head_dim: int, name: str, slots: str = "copied") -> Compiled:
+def compiled(
+    target: str, head_dim: int, name: str, slots: str = "copied", num_rows: int = 1 << 30
+) -> Compiled:
     """The kernel of the table for a target, bf16, groups of 4, with a bias per key.
 
     ``"pairs"`` are slots that are the keys, with a mask and a bias that depend on the query.
     """
     arch, row, _ = TARGETS[target]
-    tiles = _tiles(row, head_dim, name, slots)
+    tiles = _tiles(row, head_dim, name, slots, num_rows)
     flags = ("ALIGNED", "ALIGNED_KV", "GRAD_ALIGNED", "HAS_NORM", "NEEDS_QUERY")
     needs = ("NEEDS_KEY", "NEEDS_VALUE", "NEEDS_BIAS")
     constants = {
@@ -246,6 +251,14 @@ def test_hopper_with_pairs(head_dim: int, name: str) -> None:
     assert not re.search(r"\bLDG\.E\.U(8|16)\b", code)
     if head_dim == 64:
         assert len(re.findall(r"\b(STL|LDL)\b", code)) < 40
+
+
+@pytest.mark.parametrize("head_dim", (64, 128))
+def test_hopper_with_few_pairs(head_dim: int) -> None:
+    """The smaller tiles of small calls, too, load ahead; and they do not spill."""
+    kernel = compiled("sm_90", head_dim, "forward", "pairs", num_rows=1)
+    assert kernel.shared <= TARGETS["sm_90"][2] and kernel.stack <= 16
+    assert "LDGSTS" in kernel.code and "HMMA" in kernel.code
 
 
 @pytest.mark.heavy

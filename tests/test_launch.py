@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -180,3 +182,14 @@ def test_recordings_are_bounded(kernel, monkeypatch):
     for key in range(10):
         call(kernel, torch.randn(8), torch.randn(8), key=key)
         assert len(launching._recordings) <= 3
+
+
+def test_to_record_imports_no_compiler():
+    code = """
+import sys, torch
+from flash_sparse_attn.backends.triton.launch import repeat
+repeat("key", [1], torch.device("cuda"), lambda: [torch.empty(3)])
+assert "torch._dynamo" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

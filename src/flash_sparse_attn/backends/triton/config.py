@@ -125,19 +125,23 @@ _TMA, _POINTERS = True, False
 # keys, of few tiles. The times are in milliseconds, with all copies and sums, bf16, one H200,
 # Triton 3.6, random scores.
 _TABLE = {
-    # (B, H, Hkv, N, W) = (1, 2, 1, 32768, 1024): 0.073, 0.080, 0.155. No other forward was faster:
-    # 128 rows 0.080, 128 slots 0.079, descriptors 0.082. Four programs on a multiprocessor and not
-    # three, which with 163 registers gave 0.085; backward three and not two.
+    # (B, H, Hkv, N, W) = (1, 2, 1, 32768, 1024): 0.072, 0.080, 0.130. Other forwards: pointers
+    # 0.073, 3 stages 0.079, 8 warps 0.110, 128 rows 0.096, no bound on registers 0.082: with it four
+    # programs share a multiprocessor, and not three. All of backward 0.216: dQ without a bound
+    # 0.227, with 2 stages 0.222; dK/dV with 64 slots 0.228, a bound of 168 registers 0.239, 8 warps
+    # 0.27 to 0.34.
     ("sm_90", 64): _tiles(
-        (64, 64, 4, 2, _POINTERS, 128),
+        (64, 64, 4, 2, _TMA, 128),
         (64, 64, 4, 3, _TMA, 168),
         (128, 64, 4, 2, _TMA),
-        # (1, 2, 1, 32768), all keys visible: 1.30 where dense attention with tiles as in `forward`
-        # took 1.81. With one tile for a multiprocessor a sliding window of 1024 keys at 8192
-        # queries took 1.7 microseconds for a block; `few` is compiled only.
+        # A bool mask of the best 1024 of 32768 keys: 0.156; without a bound 0.179, 128 rows 0.177
+        # and 0.223 with 8 warps, 5 stages 0.204. A sliding window of 1024: 0.079, 0.089, 0.085,
+        # 0.114.
+        (64, 64, 4, 3, _POINTERS, 128),
+        # (1, 2, 1, 32768), all keys visible: 1.30 where dense attention with tiles of 64 rows took
+        # 1.81.
         (128, 64, 4, 3, _POINTERS),
-        (128, 64, 4, 3, _POINTERS),
-        (64, 64, 4, 3, _POINTERS),
+        (64, 64, 4, 3, _POINTERS, 128),
     ),
     # (1, 32, 8, 32768, 2048): 2.7, 3.3, 4.3. Two programs of 4 warps share a multiprocessor: one
     # computes scores while the other waits; 8 warps: 2.9, 3.5, 4.9.
@@ -183,11 +187,29 @@ _TABLE = {
 }
 
 # The same where tiles read a mask, or a bias that depends on the query, themselves: more registers
-# for a row. Compiled only, none spills in a loop; with the tiles above dK/dV has 762 accesses to
-# spilled registers in its loop.
+# for a row; with the tiles above dK/dV has 762 accesses to spilled registers in its loop. Forward
+# with the mask of the best 1024 of 32768 keys and a bias of pairs: 0.479, 2 stages 0.497, 128 rows
+# and 8 warps 0.740, a bound of 128 registers 0.578. Few tiles, mask and bias of pairs, 256, 1024,
+# and 2048 keys: 0.008, 0.019, 0.036; 16 rows and 64 keys 0.008, 0.020, 0.040; 32 rows and 128 keys
+# 0.011, 0.027, 0.048; 64 rows 0.012, 0.031, 0.056.
 _PAIRS = {
-    ("sm_90", 64): _tiles((64, 64, 4, 3, _POINTERS), (64, 64, 4, 3, _TMA), (64, 64, 4, 2, _TMA)),
-    ("sm_90", 128): _tiles((64, 64, 4, 2, _TMA), (64, 64, 4, 2, _TMA), (32, 64, 4, 2, _TMA)),
+    ("sm_90", 64): _tiles(
+        (64, 64, 4, 3, _POINTERS),
+        (64, 64, 4, 3, _TMA),
+        (64, 64, 4, 2, _TMA),
+        (64, 64, 4, 3, _POINTERS),
+        (64, 64, 4, 3, _POINTERS),
+        (16, 128, 4, 3, _POINTERS),
+    ),
+    # Compiled only, none spills in a loop.
+    ("sm_90", 128): _tiles(
+        (64, 64, 4, 2, _TMA),
+        (64, 64, 4, 2, _TMA),
+        (32, 64, 4, 2, _TMA),
+        (64, 64, 4, 2, _TMA),
+        (64, 64, 4, 2, _TMA),
+        (16, 64, 4, 3, _POINTERS),
+    ),
 }
 
 

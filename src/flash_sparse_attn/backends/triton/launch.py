@@ -259,6 +259,11 @@ class _Recorder(TorchDispatchMode):
         if len(set(given)) < len(given):
             self._obstacle = "two tensors at one address cannot be told apart"
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """PyTorch would import its compiler, for seconds, to keep it out of what is below."""
+        return False
+
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
