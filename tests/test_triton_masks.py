@@ -28,14 +28,18 @@ TOLERANCE = 3e-5
 
 
 PLANNING = importlib.import_module("flash_sparse_attn.backends.triton.plan_mask")
+BACKWARD = importlib.import_module("flash_sparse_attn.backends.triton.backward")
 
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Masks are packed, scanned and counted in several blocks."""
+    """Masks are packed, scanned and counted in several blocks, and so are their slots."""
     sizes = {"_PACKED": 32, "_SCANNED": 64, "_COUNTED": 16, "_OWNED": 32}
     for name, size in sizes.items():
         monkeypatch.setattr(PLANNING, name, size)
+    # Some blocks of slots have a program each, the others share some.
+    monkeypatch.setattr(BACKWARD, "BLOCK_PROGRAMS", 4)
+    monkeypatch.setattr(BACKWARD, "LOOPING_PROGRAMS", 2)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,13 @@ DIRECT_KEYS = 2048
 FEW_TILES = 264
 """So few tiles leave multiprocessors with one or none, which waits for its loads: smaller ones."""
 
+BLOCK_PROGRAMS = 4096
+"""Programs that share the blocks of slots of a mask backward, one block each. Most slots of a mask
+are not used; with one for every block, 32000 that had nothing to do took 0.07 ms of 0.10."""
+
+LOOPING_PROGRAMS = 264
+"""Programs for the blocks beyond those, two for a multiprocessor."""
+
 USES_AT_ONCE = 4
 """Contributions to one key that are loaded together when they are summed."""
 
@@ -126,8 +133,8 @@ _TMA, _POINTERS = True, False
 # Triton 3.6, random scores.
 _TABLE = {
     # (B, H, Hkv, N, W) = (1, 2, 1, 32768, 1024): 0.072, 0.080, 0.130. Other forwards: pointers
-    # 0.073, 3 stages 0.079, 8 warps 0.110, 128 rows 0.096, no bound on registers 0.082: with it four
-    # programs share a multiprocessor, and not three. All of backward 0.216: dQ without a bound
+    # 0.073, 3 stages 0.079, 8 warps 0.110, 128 rows 0.096, no bound on registers 0.082: with it
+    # four programs share a multiprocessor, not three. All of backward 0.216: dQ without a bound
     # 0.227, with 2 stages 0.222; dK/dV with 64 slots 0.228, a bound of 168 registers 0.239, 8 warps
     # 0.27 to 0.34.
     ("sm_90", 64): _tiles(

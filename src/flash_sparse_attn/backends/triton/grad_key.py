@@ -11,27 +11,9 @@ Symbols as in `forward.py`.
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ...plan import Plan
-from .block_lists import slot_lists
-from .config import (
-    REDUCED_FLOATS,
-    USES_AT_ONCE,
-    TileConfig,
-    padded_head_dim,
-    partial_rows,
-)
-from .grad_query import Saved, num_query_tiles
-from .inputs import Call, has_rows, is_aligned, mask_strides, plan_flags, query_tiles, words_of_tile
-from .launch import launch
-from .reduce import reduce_kernel
-from .slots import slots_of
 from .tiles import (
     NUMBERS,
     bits_see,
@@ -189,8 +171,9 @@ def _add_tile(
     return grad_k, grad_v, grad_bias
 
 
-@triton.jit(do_not_specialize=NUMBERS)
-def grad_key_kernel(
+@triton.jit
+def _own_block(
+    i_local, i_epoch, i_block,
     tiles_q, ptr_k, ptr_v, tiles_grad, ptr_peak, ptr_share, ptr_delta, ptr_part_k, ptr_part_v,
     ptr_part_bias, ptr_key, ptr_start, ptr_expiry, ptr_counts, ptr_epochs, ptr_bits, ptr_lists,
     ptr_mask, ptr_slot_bias, ptr_bias, scale, softcap, softmax_scale, query_len, key_len,
@@ -246,9 +229,7 @@ def grad_key_kernel(
     TMA_Q: tl.constexpr,
     TMA_GRAD: tl.constexpr,
 ):  # fmt: skip
-    """One program per (row, epoch, block of slots)."""
-    i_local, rest = row_and_rest(num_epochs * num_blocks)
-    i_epoch, i_block = rest // num_blocks, rest % num_blocks
+    """Compute and store the gradients of one block of slots, if it is used."""
     i_row = row_0 + i_local
     i_batch, i_head = i_row // HEADS_KV, i_row % HEADS_KV
     plan_list = (i_batch * plan_b + i_head * plan_h) * num_lists
@@ -386,83 +367,93 @@ def grad_key_kernel(
                 tl.store(ptr_part_bias + out, grad_bias)
 
 
-def run_grad_key(
-    plan: Plan,
-    saved: Saved,
-    call: Call,
-    config: TileConfig,
-    grad_key: Tensor | None,
-    grad_value: Tensor | None,
-    grad_bias: Tensor | None,
-) -> None:
-    """Fill the gradients that are not ``None``, some rows after the others to bound memory.
-
-    Args:
-        plan, saved, call: Of the call; delta is filled.
-        config: Tile sizes.
-        grad_key: ``[B, K, Hkv, D]``, contiguous.
-        grad_value: ``[B, K, Hkv, D]``, contiguous.
-        grad_bias: fp32 ``[B, Hkv * members, 1, K]``, contiguous, of a bias per key.
-    """
-    query, key, value = saved.query, saved.key, saved.value
-    batch, key_len, heads_kv, head_dim = key.shape
-    group = query.shape[2] // heads_kv
-    members = 1 if call.bias is None else call.bias.members
-    flags = {
-        "NEEDS_KEY": grad_key is not None,
-        "NEEDS_VALUE": grad_value is not None,
-        "NEEDS_BIAS": grad_bias is not None,
-    }
-    rows = batch * heads_kv
-    chunk = partial_rows(rows, plan.num_epochs * plan.num_slots * head_dim, query, key)
-
-    def part(wanted: bool, *last: int) -> Tensor | None:
-        shape = (chunk, plan.num_epochs, plan.num_slots, *last)
-        return torch.empty(shape, dtype=torch.float32, device=key.device) if wanted else None
-
-    part_key, part_value = (
-        part(grad_key is not None, head_dim),
-        part(grad_value is not None, head_dim),
-    )
-    part_bias = part(grad_bias is not None, members)
-    tiles_q: Any = None
-    tiles_grad: Any = None
-    if config.uses_tma:
-        tiles_q = query_tiles(query, group, config.block_m)
-        tiles_grad = query_tiles(saved.grad_out, group, config.block_m)
-    num_blocks = triton.cdiv(plan.num_slots, config.block_n)
-    num_tiles = num_query_tiles(plan, saved, config)
-    lists = slot_lists(plan, group, num_tiles, config.block_m, config.block_n)
-    block_k = max(1, REDUCED_FLOATS // padded_head_dim(head_dim))
-    key_blocks = triton.cdiv(key_len, block_k)
-    for row in range(0, rows, chunk):
-        now = range(row, min(row + chunk, rows))
-        slots = slots_of(plan, key, value, call.bias, now, with_rows=False)
-        launch(grad_key_kernel, len(now) * plan.num_epochs * num_blocks)(
-            tiles_q or query, key, value, tiles_grad or saved.grad_out, *saved.norm, saved.delta,
-            part_key, part_value, part_bias, plan.slot_key, plan.slot_start, plan.slot_expiry,
-            plan.counts, plan.epochs, plan.slot_bits, lists, plan.mask, slots.bias,
-            call.bias_tensor, *call.factors, call.softmax_scale, query.shape[1], plan.key_len,
-            plan.epoch_len, plan.num_epochs, plan.num_lists, num_tiles, num_blocks, plan.old_slots,
-            plan.num_slots, row, *plan.row_strides(heads_kv), *query.stride()[:3],
-            *key.stride()[:3], *value.stride()[:3], *saved.grad_out.stride(), *call.bias_strides,
-            *mask_strides(plan, heads_kv, group), HEADS_KV=heads_kv, GROUP=group,
-            GROUP_PAD=triton.next_power_of_2(members), D=head_dim,
-            BLOCK_D=padded_head_dim(head_dim), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-            STAGES=config.num_stages, **plan_flags(plan),
-            ROWS=has_rows(plan, call),
-            WORDS=words_of_tile(config.block_m, group), **call.flags, **flags,
-            PACKED=plan.epochs is not None, ALIGNED=is_aligned(query),
-            ALIGNED_KV=is_aligned(key, value), GRAD_ALIGNED=is_aligned(saved.grad_out),
-            TMA_Q=tiles_q is not None, TMA_GRAD=tiles_grad is not None,
-            **config.options,
-        )  # fmt: skip
-        launch(reduce_kernel, len(now) * key_blocks)(
-            part_key, part_value, part_bias, plan.use_end, plan.use_slot, grad_key, grad_value,
-            grad_bias, key_len, plan.num_epochs, plan.num_lists, plan.num_slots, key_blocks, row,
-            *plan.row_strides(heads_kv), HEADS_KV=heads_kv, MEMBERS=members,
-            MEMBERS_PAD=triton.next_power_of_2(members), D=head_dim,
-            BLOCK_D=padded_head_dim(head_dim), BLOCK_K=block_k, USES=USES_AT_ONCE,
-            SLOTS=plan.slots, LISTED=plan.use_end is not None,
-            PACKED=plan.epochs is not None, **flags, num_warps=4,
+@triton.jit(do_not_specialize=NUMBERS)
+def grad_key_kernel(
+    tiles_q, ptr_k, ptr_v, tiles_grad, ptr_peak, ptr_share, ptr_delta, ptr_part_k, ptr_part_v,
+    ptr_part_bias, ptr_key, ptr_start, ptr_expiry, ptr_counts, ptr_epochs, ptr_bits, ptr_lists,
+    ptr_mask, ptr_slot_bias, ptr_bias, scale, softcap, softmax_scale, query_len, key_len,
+    epoch_len, num_epochs, num_lists, num_tiles, num_blocks, block_0, num_programs, old_slots,
+    num_slots, row_0, plan_b, plan_h,
+    sqb: tl.int64,
+    sqn: tl.int64,
+    sqh: tl.int64,
+    skb: tl.int64,
+    skn: tl.int64,
+    skh: tl.int64,
+    svb: tl.int64,
+    svn: tl.int64,
+    svh: tl.int64,
+    sgb: tl.int64,
+    sgn: tl.int64,
+    sgh: tl.int64,
+    sgd: tl.int64,
+    sbb: tl.int64,
+    sbk: tl.int64,
+    sbg: tl.int64,
+    sbq: tl.int64,
+    sbn: tl.int64,
+    smb: tl.int64,
+    smk: tl.int64,
+    smg: tl.int64,
+    smq: tl.int64,
+    smn: tl.int64,
+    HEADS_KV: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+    SLOTS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    ROWS: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    WORDS: tl.constexpr,
+    KEY_BIAS: tl.constexpr,
+    PAIR_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    NEEDS_KEY: tl.constexpr,
+    NEEDS_VALUE: tl.constexpr,
+    NEEDS_BIAS: tl.constexpr,
+    CLAMPS: tl.constexpr,
+    PACKED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ALIGNED_KV: tl.constexpr,
+    GRAD_ALIGNED: tl.constexpr,
+    TMA_Q: tl.constexpr,
+    TMA_GRAD: tl.constexpr,
+    LOOPS: tl.constexpr,
+):  # fmt: skip
+    """One program per (row, epoch, block of slots), or for some of the blocks from `block_0` on."""
+    i_local, rest = row_and_rest(num_epochs * num_programs)
+    i_epoch, i_block = rest // num_programs, rest % num_programs
+    if LOOPS:
+        i_row = row_0 + i_local
+        plan_list = (i_row // HEADS_KV * plan_b + i_row % HEADS_KV * plan_h) * num_lists
+        used = tl.load(ptr_counts + (plan_list + i_epoch % num_lists) * 2)
+        for block in range(block_0 + i_block, tl.cdiv(used, BLOCK_N), num_programs):
+            _own_block(
+                i_local, i_epoch, block, tiles_q, ptr_k, ptr_v, tiles_grad, ptr_peak, ptr_share,
+                ptr_delta, ptr_part_k, ptr_part_v, ptr_part_bias, ptr_key, ptr_start, ptr_expiry,
+                ptr_counts, ptr_epochs, ptr_bits, ptr_lists, ptr_mask, ptr_slot_bias, ptr_bias,
+                scale, softcap, softmax_scale, query_len, key_len, epoch_len, num_epochs, num_lists,
+                num_tiles, num_blocks, old_slots, num_slots, row_0, plan_b, plan_h, sqb, sqn, sqh,
+                skb, skn, skh, svb, svn, svh, sgb, sgn, sgh, sgd, sbb, sbk, sbg, sbq, sbn, smb, smk,
+                smg, smq, smn, HEADS_KV, GROUP, GROUP_PAD, D, BLOCK_D, BLOCK_M, BLOCK_N, STAGES,
+                SLOTS, HAS_MASK, ROWS, MEMBERS, WORDS, KEY_BIAS, PAIR_BIAS, HAS_SOFTCAP, NEEDS_KEY,
+                NEEDS_VALUE, NEEDS_BIAS, CLAMPS, PACKED, ALIGNED, ALIGNED_KV, GRAD_ALIGNED, TMA_Q,
+                TMA_GRAD,
+            )  # fmt: skip
+    else:
+        _own_block(
+            i_local, i_epoch, i_block, tiles_q, ptr_k, ptr_v, tiles_grad, ptr_peak, ptr_share,
+            ptr_delta, ptr_part_k, ptr_part_v, ptr_part_bias, ptr_key, ptr_start, ptr_expiry,
+            ptr_counts, ptr_epochs, ptr_bits, ptr_lists, ptr_mask, ptr_slot_bias, ptr_bias, scale,
+            softcap, softmax_scale, query_len, key_len, epoch_len, num_epochs, num_lists, num_tiles,
+            num_blocks, old_slots, num_slots, row_0, plan_b, plan_h, sqb, sqn, sqh, skb, skn, skh,
+            svb, svn, svh, sgb, sgn, sgh, sgd, sbb, sbk, sbg, sbq, sbn, smb, smk, smg, smq, smn,
+            HEADS_KV, GROUP, GROUP_PAD, D, BLOCK_D, BLOCK_M, BLOCK_N, STAGES, SLOTS, HAS_MASK, ROWS,
+            MEMBERS, WORDS, KEY_BIAS, PAIR_BIAS, HAS_SOFTCAP, NEEDS_KEY, NEEDS_VALUE, NEEDS_BIAS,
+            CLAMPS, PACKED, ALIGNED, ALIGNED_KV, GRAD_ALIGNED, TMA_Q, TMA_GRAD,
         )  # fmt: skip
