@@ -141,14 +141,16 @@ _TABLE = {
         (64, 64, 4, 2, _TMA, 128),
         (64, 64, 4, 3, _TMA, 168),
         (128, 64, 4, 2, _TMA),
-        # A bool mask of the best 1024 of 32768 keys: 0.156; without a bound 0.179, 128 rows 0.177
-        # and 0.223 with 8 warps, 5 stages 0.204. A sliding window of 1024: 0.079, 0.089, 0.085,
-        # 0.114.
-        (64, 64, 4, 3, _POINTERS, 128),
+        # Bool masks at 32768 of the best 1024 keys, of a sliding window of 1024, and of documents
+        # of 4096: 0.117, 0.088, 0.172; 64 slots and 128 registers 0.158, 0.079, 0.166; 64 slots
+        # 0.179, 0.089, 0.183; 128 rows and 64 slots 0.177, 0.085, 0.189; with 8 warps 0.223, 0.114.
+        (64, 128, 4, 3, _POINTERS, 168),
         # (1, 2, 1, 32768), all keys visible: 1.30 where dense attention with tiles of 64 rows took
         # 1.81.
         (128, 64, 4, 3, _POINTERS),
-        (64, 64, 4, 3, _POINTERS, 128),
+        # At 8192 a sliding window, documents and a prefix: 0.030, 0.028, 0.131; 64 slots and 128
+        # registers 0.032, 0.030, 0.161; 32 rows 0.049, 0.039, 0.163.
+        (64, 128, 4, 3, _POINTERS, 168),
     ),
     # (1, 32, 8, 32768, 2048): 2.7, 3.3, 4.3. Two programs of 4 warps share a multiprocessor: one
     # computes scores while the other waits; 8 warps: 2.9, 3.5, 4.9.
