@@ -141,15 +141,12 @@ _TABLE = {
         (64, 64, 4, 2, _TMA, 128),
         (64, 64, 4, 3, _TMA, 168),
         (128, 64, 4, 2, _TMA),
-        # Bool masks at 32768 of the best 1024 keys, of a sliding window of 1024, and of documents
-        # of 4096: 0.117, 0.088, 0.172; 64 slots and 128 registers 0.158, 0.079, 0.166; 64 slots
-        # 0.179, 0.089, 0.183; 128 rows and 64 slots 0.177, 0.085, 0.189; with 8 warps 0.223, 0.114.
+        # Bool masks at 32768 of the best 1024 and 4096 keys, of all keys before, and of a sliding
+        # window of 1024: 0.117, 0.323, 0.998, 0.088; 64 slots and 128 registers 0.158, 0.463,
+        # 1.418, 0.079; 128 rows and 64 slots 0.177, 0.525, 1.289, 0.085; with 8 warps 0.223, 0.680,
+        # 1.951, 0.114.
         (64, 128, 4, 3, _POINTERS, 168),
-        # (1, 2, 1, 32768), all keys visible: 1.30 where dense attention with tiles of 64 rows took
-        # 1.81.
-        (128, 64, 4, 3, _POINTERS),
-        # At 8192 a sliding window, documents and a prefix: 0.030, 0.028, 0.131; 64 slots and 128
-        # registers 0.032, 0.030, 0.161; 32 rows 0.049, 0.039, 0.163.
+        # All keys visible: 1.018, 128 rows and 64 slots 1.080.
         (64, 128, 4, 3, _POINTERS, 168),
     ),
     # (1, 32, 8, 32768, 2048): 2.7, 3.3, 4.3. Two programs of 4 warps share a multiprocessor: one
@@ -158,7 +155,9 @@ _TABLE = {
         (128, 64, 4, 2, _TMA),
         (64, 64, 4, 2, _TMA),
         (64, 64, 4, 2, _TMA),
-        (128, 64, 8, 3, _POINTERS),  # compiled only: 4 warps spill
+        # The best 2048 of 16384 keys, 8 heads on 2: 0.773, 64 rows and 4 warps 0.771, 128 slots
+        # 0.732.
+        (128, 64, 8, 3, _POINTERS),
     ),
     # Run for correctness, not timed.
     ("sm_90", 256): _tiles((128, 32, 8, 2, _TMA), (64, 32, 8, 2, _TMA), (32, 64, 8, 2, _TMA)),
@@ -196,17 +195,18 @@ _TABLE = {
 }
 
 # The same where tiles read a mask, or a bias that depends on the query, themselves: more registers
-# for a row; with the tiles above dK/dV has 762 accesses to spilled registers in its loop. Forward
-# with the mask of the best 1024 of 32768 keys and a bias of pairs: 0.479, 2 stages 0.497, 128 rows
-# and 8 warps 0.740, a bound of 128 registers 0.578. Few tiles, mask and bias of pairs, 256, 1024,
-# and 2048 keys: 0.008, 0.019, 0.036; 16 rows and 64 keys 0.008, 0.020, 0.040; 32 rows and 128 keys
-# 0.011, 0.027, 0.048; 64 rows 0.012, 0.031, 0.056.
+# for a row; with the tiles above dK/dV has 762 accesses to spilled registers in its loop. With the
+# mask of the best 1024 of 32768 keys and a bias of pairs: forward 0.429, 64 rows and 64 slots
+# 0.483, 32 slots 0.469, 16 rows and 64 slots 0.568, 2 warps 0.478; all of backward 2.76, 64 rows for
+# dK/dV 2.87, 16 rows for dQ 3.00. Few tiles, mask and bias of pairs, 256, 1024, and 2048 keys:
+# 0.008, 0.019, 0.036; 16 rows and 64 keys 0.008, 0.020, 0.040; 32 rows and 128 keys 0.011, 0.027,
+# 0.048; 64 rows 0.012, 0.031, 0.056.
 _PAIRS = {
     ("sm_90", 64): _tiles(
         (64, 64, 4, 3, _POINTERS),
         (64, 64, 4, 3, _TMA),
-        (64, 64, 4, 2, _TMA),
-        (64, 64, 4, 3, _POINTERS),
+        (32, 64, 4, 2, _TMA),
+        (16, 128, 4, 3, _POINTERS),
         (64, 64, 4, 3, _POINTERS),
         (16, 128, 4, 3, _POINTERS),
     ),
