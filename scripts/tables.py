@@ -15,76 +15,38 @@ than those of the present sources is marked. The table ``support`` is made of te
 from __future__ import annotations
 
 import json
-import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 import support
+import wording
+from wording import NAMES, Row, Words, digits, duration, markdown, marked, paragraphs, size, source
 
-from flash_sparse_attn.bench.digest import WHY_STALE, is_stale
+from flash_sparse_attn.bench import grids
+from flash_sparse_attn.bench.cases import Case
 from flash_sparse_attn.bench.figures import FIGURES as CHARTS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
 FIGURES = ROOT / "docs" / "figures"
+_GRID_ROWS = "predecessors.jsonl"
 BLOCK = re.compile(r"(<!-- rows: ([a-z-]+) -->\n)(.*?)(<!-- end of rows -->)", re.DOTALL)
-Row = dict[str, Any]
-
-CHINESE = {
-    "length N, window W": "长度 N，窗口 W",
-    "heads, D": "头数，D",
-    "scores": "分数",
-    "selection and plan": "选择与计划",
-    "forward": "前向",
-    "backward": "反向",
-    "all": "合计",
-    "peak memory": "峰值内存",
-    "computed by": "计算者",
-    "fastest to slowest": "最快至最慢",
-    "ours": "本项目",
-    "dense causal SDPA": "稠密因果 SDPA",
-    "SDPA, mask and bias stored": "SDPA，存储掩码与偏置",
-    "SDPA, mask and bias added up": "SDPA，掩码与偏置预先相加",
-    "no rows yet": "尚无数据",
-    "Rows": "数据",
-    "commit": "提交",
-    "times": "倍",
-}
-STALE = "†"
-CHINESE[WHY_STALE] = "所属运行的内核与当前源码不同，或未注明内核"
-NAMES = {
-    "ours": "ours",
-    "sdpa-causal": "dense causal SDPA",
-    "sdpa-masked": "SDPA, mask and bias stored",
-    "sdpa-additive": "SDPA, mask and bias added up",
-    "flex": "FlexAttention",
-    "flash-dmattn": "flash-dmattn",
-    "flash-sparse-attn": "flash-sparse-attn",
-}
 
 
-class Words:
-    """The words of a page's language; English where there is no other."""
-
-    def __init__(self, page: Path) -> None:
-        self.known = CHINESE if page.stem.endswith("_zh") else {}
-
-    def __call__(self, english: str) -> str:
-        return self.known.get(english, english)
+def all_rows(name: str) -> list[Row]:
+    """The rows of a file in results/, in the order they were measured."""
+    path = RESULTS / name
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines if line]
 
 
 def read_rows(name: str) -> list[Row]:
-    """The timed rows of a file in results/, in the order they were measured."""
-    path = RESULTS / name
-    if not path.is_file():
-        return []
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-    return [row for row in rows if "seconds" in row]
+    """Those that were timed."""
+    return [row for row in all_rows(name) if "seconds" in row]
 
 
 def latest(rows: Iterable[Row]) -> dict[str, dict[str, Row]]:
@@ -93,64 +55,6 @@ def latest(rows: Iterable[Row]) -> dict[str, dict[str, Row]]:
     for row in rows:
         found.setdefault(row["case"], {})[row["provider"]] = row
     return found
-
-
-def duration(seconds: float | None) -> str:
-    """Three digits and a unit."""
-    if seconds is None:
-        return ""
-    for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
-        if seconds * factor >= 1.0:
-            return f"{_digits(seconds * factor)} {unit}"
-    return f"{_digits(seconds * 1e9)} ns"
-
-
-def size(count: float | None) -> str:
-    """Three digits and a binary unit."""
-    if count is None:
-        return ""
-    for unit, bytes_each in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= bytes_each:
-            return f"{_digits(count / bytes_each)} {unit}"
-    return f"{count:.0f} B"
-
-
-def _digits(number: float) -> str:
-    """Three digits, trailing zeros included."""
-    return f"{number:.{max(0, 2 - max(0, math.floor(math.log10(number))))}f}" if number else "0"
-
-
-def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a table."""
-    rows = [list(header), ["---"] * len(header), *map(list, lines)]
-    return ["| " + " | ".join(cells) + " |" for cells in rows]
-
-
-def marked(text: str, row: Row | None) -> str:
-    """The text of a cell, with a sign if the kernels have changed since."""
-    return f"{text} {STALE}" if text and row is not None and is_stale(row) else text
-
-
-def source(name: str, rows: Iterable[Row], words: Words) -> list[str]:
-    """Where rows come from: one line for every run, and one that explains the sign of old ones."""
-    rows = list(rows)
-    why = words(
-        "of a run with other kernels than the present ones, or that does not name its kernels"
-    )
-    note = [f"{STALE} {why}"] if any(map(is_stale, rows)) else []
-    runs: dict[tuple[str, ...], None] = {}
-    for row in rows:
-        hardware, versions = row["hardware"], row["versions"]
-        machine = hardware.get("gpu") or f"{hardware['cpu_cores']} x {hardware['cpu']}"
-        used = f"torch {versions['torch']}"
-        if hardware["device"] == "cuda":
-            used += f", Triton {versions['triton']}"
-        runs[machine, used, row["commit"], row["time"][:10], row["command"]] = None
-    return note + [
-        f"{words('Rows')}: `results/{name}`; {machine}, {used}, {words('commit')} {commit}, {day}: "
-        f"`{command}`"
-        for machine, used, commit, day, command in runs
-    ]
 
 
 def _shape(row: Row) -> tuple[str, str]:
@@ -168,30 +72,89 @@ def _seconds(row: Row) -> dict[str, float]:
     return times
 
 
-def _against(ours: Row, other: Row | None, words: Words) -> str:
-    """Another provider's total, and how many times ours it is if both were measured in one run."""
+def ours_by_run(rows: Iterable[Row]) -> dict[tuple[str, ...], Row]:
+    """Our rows by case and run: what others are held against."""
+    return {_case_and_run(row): row for row in rows if row["provider"] == "ours"}
+
+
+def _case_and_run(row: Row) -> tuple[str, ...]:
+    return row["case"], row["time"], row["command"]
+
+
+def _against(
+    ours: dict[tuple[str, ...], Row], other: Row | None, words: Words, part: str = "total"
+) -> str:
+    """Another provider's time, and how many times ours of the same run it is, if there is one."""
     if other is None:
         return ""
-    total = other["seconds"]["total"]
-    if (ours["time"], ours["command"]) != (other["time"], other["command"]):
-        return duration(total)
-    ratio = _digits(total / ours["seconds"]["total"])
-    return f"{duration(total)} ({ratio} {words('times')})"
+    seconds = other["seconds"][part]
+    same_run = ours.get(_case_and_run(other))
+    text = duration(seconds)
+    if same_run is not None:
+        text += f" ({digits(seconds / same_run['seconds'][part])} {words('times')})"
+    return marked(text, other)
 
 
 def headline(words: Words) -> list[str]:
     """Selections from random scores on a GPU, whole calls, against what else one could use."""
-    cases = [
+    cases = [case for case in _of_random_scores() if not _is_of_window(case["ours"])]
+    cases.sort(key=lambda found: _work(found["ours"]))
+    return _beside("h200.jsonl", cases, words)
+
+
+def windows(words: Words) -> list[str]:
+    """The same text with windows of all sizes."""
+    cases = [found for found in _of_random_scores() if _is_of_window(found["ours"])]
+    sizes = [_without_window(found["ours"]) for found in cases]
+    cases += [
+        found
+        for found in _of_random_scores()
+        if not _is_of_window(found["ours"]) and _without_window(found["ours"]) in sizes
+    ]
+    cases.sort(key=lambda found: found["ours"]["shape"]["window"])
+    return _beside("h200.jsonl", cases, words)
+
+
+def _of_random_scores() -> list[dict[str, Row]]:
+    """Whole calls on a GPU with a selection from random scores and a cold cache, by provider."""
+    return [
         providers
         for providers in latest(read_rows("h200.jsonl")).values()
         if "ours" in providers
-        and len(providers) > 1
         and providers["ours"].get("mask", "selection") == "selection"
+        and providers["ours"].get("l2_cache", "cold") == "cold"
         and providers["ours"]["pattern"] == "random"
         and "backward" in providers["ours"]["seconds"]
     ]
-    cases.sort(key=lambda found: _work(found["ours"]))
-    return _beside("h200.jsonl", cases, words)
+
+
+def _is_of_window(row: Row) -> bool:
+    return row["case"].startswith("gpu-window-")
+
+
+def _without_window(row: Row) -> dict[str, int]:
+    return {name: value for name, value in row["shape"].items() if name != "window"}
+
+
+def decoding(words: Words) -> list[str]:
+    """One more token on a GPU after texts of all lengths."""
+    rows = [row for row in read_rows("h200.jsonl") if "cache_bytes" in row]
+    cases = [found for found in latest(rows).values() if "ours" in found]
+    if not cases:
+        return [words("no rows yet")]
+    cases.sort(key=lambda found: (found["ours"].get("l2_cache", ""), _work(found["ours"])))
+    ours, table = ours_by_run(rows), []
+    for found in cases:
+        own, dense = found["ours"], found.get("sdpa-causal")
+        shape = own["shape"]
+        cells = [f"{shape['length']:,}", str(shape["batch"]), _shape(own)[1], str(shape["window"])]
+        cells += [own.get("l2_cache", ""), marked(duration(own["seconds"]["total"]), own)]
+        cells += [size(own["cache_bytes"]), _against(ours, dense, words)]
+        table.append([*cells, size(dense["cache_bytes"]) if dense else ""])
+    header = ["tokens", "sequences", "heads, D", "W", "L2 cache", "step", "its cache"]
+    header += ["dense SDPA over all tokens", "its cache"]
+    used = [row for found in cases for row in found.values()]
+    return [*markdown(header, table), "", *paragraphs(source("h200.jsonl", used, words))]
 
 
 def bool_masks(words: Words) -> list[str]:
@@ -218,19 +181,17 @@ def _beside(name: str, cases: list[dict[str, Row]], words: Words, named: bool = 
     header = [words(text) for text in ("length N, window W", "heads, D")]
     header += [words(text) for text in ("selection and plan", "forward", "backward", "all")]
     header += [words(NAMES[other]) for other in others]
-    lines = []
+    lines, runs = [], ours_by_run(read_rows(name))
     for found in cases:
         ours = found["ours"]
         seconds = ours["seconds"]
         cells = [*_shape(ours), *(duration(seconds.get(part)) for part in parts)]
         cells += [marked(duration(seconds["total"]), ours)]
-        cells += [
-            marked(_against(ours, found.get(other), words), found.get(other)) for other in others
-        ]
+        cells += [_against(runs, found.get(other), words) for other in others]
         lines.append([ours["case"], *cells] if named else cells)
     used = [row for found in cases for row in found.values() if row["provider"] in NAMES]
     header = ["case", *header] if named else header
-    return [*markdown(header, lines), "", *_paragraphs(source(name, used, words))]
+    return [*markdown(header, lines), "", *paragraphs(source(name, used, words))]
 
 
 def on_cpu(words: Words) -> list[str]:
@@ -270,13 +231,18 @@ def _cpu_table(prefix: str, words: Words) -> list[str]:
             ]
         )
     table = markdown([words(text) for text in header], lines)
-    return [*table, "", *_paragraphs(source("cpu.jsonl", rows, words))]
+    return [*table, "", *paragraphs(source("cpu.jsonl", rows, words))]
 
 
 def everything(words: Words) -> list[str]:
-    """The last row of every case and provider of every file."""
+    """The last row of every case and provider of every file but those of the predecessors' grids.
+
+    Their tables are whole already.
+    """
     lines: list[str] = []
     for path in sorted(RESULTS.glob("*.jsonl")):
+        if path.name == _GRID_ROWS:
+            continue
         rows = [row for found in latest(read_rows(path.name)).values() for row in found.values()]
         if not rows:
             continue
@@ -298,14 +264,81 @@ def everything(words: Words) -> list[str]:
                     row["dtype"],
                     *(duration(part) for part in parts),
                     str(row["repeats"]),
-                    _digits(useful) if useful else "",
+                    digits(useful) if useful else "",
                     size(row["peak_bytes"]),
                     f"{max(row['errors'].values()):.1e}",
                 ]
             )
         lines += [f"## results/{path.name}", "", *markdown(header, table), ""]
-        lines += [*_paragraphs(source(path.name, rows, words)), ""]
+        lines += [*paragraphs(source(path.name, rows, words)), ""]
     return lines[:-1] or [words("no rows yet")]
+
+
+def predecessors_forward(words: Words) -> list[str]:
+    """The predecessors' forward table: lengths, batches, heads, head dimensions, windows."""
+    return _grid([case for case in _forward_grid() if case.queries > 1], "forward", words)
+
+
+def predecessors_inference(words: Words) -> list[str]:
+    """The predecessors' table of single queries."""
+    return _grid([case for case in _forward_grid() if case.queries == 1], "forward", words)
+
+
+def predecessors_backward(words: Words) -> list[str]:
+    """The predecessors' backward table."""
+    cases = [case for dim in grids.HEAD_DIMS for case in grids.backward_performance(dim)]
+    return _grid(cases, "backward", words)
+
+
+def _forward_grid() -> list[Case]:
+    return [case for dim in grids.HEAD_DIMS for case in grids.forward_performance(dim)]
+
+
+def _grid(cases: Sequence[Case], part: str, words: Words) -> list[str]:
+    """One line for each configuration: the time of a pass, by provider."""
+    rows = read_rows(_GRID_ROWS)
+    known, runs = latest(rows), ours_by_run(rows)
+    found = {case.name: known[case.name] for case in cases if "ours" in known.get(case.name, ())}
+    if not found:
+        return [words("no rows yet")]
+    others = [n for n in NAMES if n != "ours" and any(n in one for one in found.values())]
+    table = []
+    for name, one in found.items():
+        ours = one["ours"]
+        shape = ours["shape"]
+        cells = [name.split("-", 1)[1], f"{shape['batch']}, {_shape(ours)[1]}"]
+        cells += [f"{shape['queries']} x {shape['length']}, {shape['window']}"]
+        cells += [marked(duration(ours["seconds"][part]), ours)]
+        table.append([*cells, *(_against(runs, one.get(other), words, part) for other in others)])
+    header = ["configuration", "B, H / Hkv, D", "Q x N, W", "ours", *(NAMES[n] for n in others)]
+    used = [row for one in found.values() for row in one.values() if row["provider"] in NAMES]
+    missing = len(dict.fromkeys(case.name for case in cases)) - len(found)
+    left_out = [f"{missing} configurations were not measured."] * (missing > 0)
+    lines = [*left_out, *source(_GRID_ROWS, used, words)]
+    return [*markdown(header, table), "", *paragraphs(lines)]
+
+
+def equivalence(words: Words) -> list[str]:
+    """The predecessors' equivalence scripts: the largest error over what the error rule allows."""
+    rows = [row for row in all_rows("equivalence.jsonl") if "agrees" in row]
+    if not rows:
+        return [words("no rows yet")]
+    last = {(row["case"], row["provider"], row["what"]): row for row in rows}
+    table = []
+    for (case, provider, what), row in last.items():
+        shares = {name: row["errors"][name] / row["allowed"][name] for name in row["errors"]}
+        gradients = [share for name, share in shares.items() if name != "out"]
+        cells = [case, marked(provider, row), what.removeprefix("equivalence, "), row["dtype"]]
+        cells += [f"{shares['out']:.2f}", f"{max(gradients):.2f}" if gradients else ""]
+        table.append([*cells, f"{min(row['inside'].values()):.2%}", _verdict(row)])
+    header = ["configuration", "backend", "compared", "dtype", "out", "worst gradient"]
+    header += ["inside the tolerance", ""]
+    lines = source("equivalence.jsonl", last.values(), words)
+    return [*markdown(header, table), "", *paragraphs(lines)]
+
+
+def _verdict(row: Row) -> str:
+    return "agrees" if row["agrees"] else "**differs**"
 
 
 ATTENTIONS = {
@@ -335,12 +368,10 @@ def quality_cpu(words: Words) -> list[str]:
 
 def _quality(result: str, title: str, words: Words, name: str = "quality.jsonl") -> list[str]:
     """One line for every case and its lessons: the mean over seeds, and least to largest."""
-    path = RESULTS / name
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     # The last row of every case with its lessons, attention and seed.
     found = {
         ((row["case"], _lessons(row)), row["provider"], row["seed"]): row
-        for row in map(json.loads, lines)
+        for row in all_rows(name)
         if result in row["results"]
     }
     if not found:
@@ -357,12 +388,12 @@ def _quality(result: str, title: str, words: Words, name: str = "quality.jsonl")
         for kind in ATTENTIONS:
             of_kind = [row for row in rows if row["provider"] == kind]
             text = _over_seeds([row["results"][result] for row in of_kind])
-            cells.append(marked(text, next(filter(is_stale, of_kind), None)))
+            cells.append(marked(text, next(filter(wording.is_stale, of_kind), None)))
         table.append(cells)
     header = [title, "training samples", "seeds", *["lessons before"] * has_lessons]
     header += ATTENTIONS.values()
     used = source(name, found.values(), words)
-    return [*markdown(header, table), "", *_paragraphs(used)]
+    return [*markdown(header, table), "", *paragraphs(used)]
 
 
 def _lessons(row: Row) -> str:
@@ -377,11 +408,6 @@ def _over_seeds(values: list[float]) -> str:
         return ""
     mean = f"{sum(values) / len(values):.3f}"
     return mean if len(values) == 1 else f"{mean} ({min(values):.3f} .. {max(values):.3f})"
-
-
-def _paragraphs(lines: Sequence[str]) -> list[str]:
-    """Each line a paragraph of its own."""
-    return [part for line in lines for part in (line, "")][:-1]
 
 
 def features(words: Words) -> list[str]:
@@ -401,11 +427,17 @@ def figures(words: Words) -> list[str]:
     """The pictures, for a page in docs/."""
     drawn = pictures().items()
     shown = [f"![{title}]({FIGURES.name}/{name})" for name, (title, _) in drawn]
-    return _paragraphs(shown) or [words("no rows yet")]
+    return paragraphs(shown) or [words("no rows yet")]
 
 
 TABLES: dict[str, Callable[[Words], list[str]]] = {
     "headline": headline,
+    "windows": windows,
+    "decoding": decoding,
+    "predecessors-forward": predecessors_forward,
+    "predecessors-inference": predecessors_inference,
+    "predecessors-backward": predecessors_backward,
+    "equivalence": equivalence,
     "bool-masks": bool_masks,
     "cpu": on_cpu,
     "cpu-patterns": patterns_on_cpu,

@@ -174,7 +174,7 @@ def test_tables_of_known_rows(tmp_path, monkeypatch):
         return json.dumps(facts)
 
     # Every row says with which kernels it was measured: for now all are the present ones.
-    monkeypatch.setattr(tables, "is_stale", lambda row: False)
+    monkeypatch.setattr(tables.wording, "is_stale", lambda row: False)
     rows = [row("ours", 9.0, "1"), row("ours", 0.5, "2"), row("sdpa-causal", 1.0, "2")]
     (tmp_path / "h200.jsonl").write_text("\n".join(rows))
     lines = tables.headline(tables.Words(Path("README.md")))
@@ -187,7 +187,7 @@ def test_tables_of_known_rows(tmp_path, monkeypatch):
     assert tables.headline(tables.Words(Path("README.md")))[2].endswith("| 1.00 s |")
 
     # Ours is of older kernels: its total has a sign, which is explained below the table.
-    monkeypatch.setattr(tables, "is_stale", lambda row: row["provider"] == "ours")
+    monkeypatch.setattr(tables.wording, "is_stale", lambda row: row["provider"] == "ours")
     lines = tables.headline(tables.Words(Path("README.md")))
     assert lines[2].endswith("| 500 ms † | 1.00 s |") and lines[4].startswith(
         "† of a run with other kernels"
@@ -201,7 +201,7 @@ def test_tables_of_known_rows(tmp_path, monkeypatch):
 def test_tables_of_quality(tmp_path, monkeypatch):
     tables = load(ROOT / "scripts" / "tables.py")
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    monkeypatch.setattr(tables, "is_stale", lambda row: False)
+    monkeypatch.setattr(tables.wording, "is_stale", lambda row: False)
     words = tables.Words(Path("docs/quality.md"))
     assert tables.quality_recall(words) == tables.quality_text(words) == ["no rows yet"]
 
