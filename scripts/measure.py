@@ -31,6 +31,7 @@ MASKS = ["main", "keys", "small", "patterns"]
 OURS, DENSE, FLEX = ("--provider", "ours"), ("--provider", "sdpa-causal"), ("--provider", "flex")
 GRID = ["--test-type", "sdpa-vs-ours", "--seconds", "240"]
 SAME = ["--test-type", "ours", "--seconds", "150"]
+MINUTES = ["--minutes", "1.6"]
 LESSONS = ["--rate-factor", "10", "--curriculum", "16", "32", "64", "128"]
 SHORT = ["gpu-2048", "gpu-4096", "gpu-8192", "gpu-16384", "gpu-a", "gpu-b"]
 GIVEN = [f"gpu-{kind}-*" for kind in ("mask", "sliding", "documents", "prefix", "blocks")]
@@ -82,10 +83,10 @@ JOBS = [
         "recall",
         120,
         "quality",
-        *("recall", "--length", "1024", "--width", "64", *LESSONS, "--minutes", "1.6"),
+        *("recall", "--length", "1024", "--width", "64", *LESSONS, *MINUTES),
         rows="quality.jsonl",
     ),
-    script("text", 120, "quality", "text", "--minutes", "1.6", rows="quality.jsonl"),
+    script("text", 120, "quality", "text", "--seed", "0", "1", *MINUTES, rows="quality.jsonl"),
     bench("given masks", 100, *cases(*GIVEN), *OURS, "--provider", "sdpa-additive"),
     bench("patterns", 60, *cases("gpu-b-*"), *OURS),
     script("forward equivalence", 80, "forward_equivalence", *SAME, rows="equivalence.jsonl"),

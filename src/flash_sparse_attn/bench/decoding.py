@@ -12,20 +12,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..window_cache import WindowCache
 from .cases import Inputs
 
-_PIECE = 1 << 15  # tokens that are read at a time
 FullCache = tuple[Tensor, Tensor]
 """Keys and values of the whole text, each ``[B, Hkv, N, D]``."""
 
 
 def window_cache(inputs: Inputs, window: int) -> WindowCache:
     """The survivors of all tokens but the last, which `step` brings."""
-    batch, length, kv_heads, head_dim = inputs.key.shape
+    batch, _, kv_heads, head_dim = inputs.key.shape
     cache = WindowCache(
         batch, kv_heads, head_dim, window, dtype=inputs.key.dtype, device=inputs.key.device
     )
-    for begin in range(0, length - 1, _PIECE):
-        piece = slice(begin, min(begin + _PIECE, length - 1))
-        cache.prefill(inputs.key[:, piece], inputs.value[:, piece], inputs.scores[..., piece])
+    cache.prefill(inputs.key[:, :-1], inputs.value[:, :-1], inputs.scores[..., :-1])
     return cache
 
 
