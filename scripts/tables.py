@@ -17,23 +17,37 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
+import grid_tables
 import support
-import wording
-from wording import NAMES, Row, Words, digits, duration, markdown, marked, paragraphs, size, source
+import table_parts
+from table_parts import (
+    NAMES,
+    Row,
+    Words,
+    against,
+    digits,
+    duration,
+    latest,
+    markdown,
+    marked,
+    ours_by_run,
+    paragraphs,
+    shape_of,
+    size,
+    source,
+)
 
-from flash_sparse_attn.bench import grids
-from flash_sparse_attn.bench.cases import Case
 from flash_sparse_attn.bench.figures import FIGURES as CHARTS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
 FIGURES = ROOT / "docs" / "figures"
-_GRID_ROWS = "predecessors.jsonl"
 BLOCK = re.compile(r"(<!-- rows: ([a-z-]+) -->\n)(.*?)(<!-- end of rows -->)", re.DOTALL)
 
 
@@ -49,50 +63,12 @@ def read_rows(name: str) -> list[Row]:
     return [row for row in all_rows(name) if "seconds" in row]
 
 
-def latest(rows: Iterable[Row]) -> dict[str, dict[str, Row]]:
-    """The last row of every provider, by case."""
-    found: dict[str, dict[str, Row]] = {}
-    for row in rows:
-        found.setdefault(row["case"], {})[row["provider"]] = row
-    return found
-
-
-def _shape(row: Row) -> tuple[str, str]:
-    shape = row["shape"]
-    heads = f"{shape['heads']} / {shape['kv_heads']}, {shape['head_dim']}"
-    batch = "" if shape["batch"] == 1 else f"{shape['batch']} x "
-    return f"{batch}{shape['length']}, {shape['window']}", heads
-
-
 def _seconds(row: Row) -> dict[str, float]:
     """The times of a row; what selects nothing has none for that."""
     times = dict(row["seconds"])
     if row["provider"] == "sdpa-causal":
         times.pop("selection", None)
     return times
-
-
-def ours_by_run(rows: Iterable[Row]) -> dict[tuple[str, ...], Row]:
-    """Our rows by case and run: what others are held against."""
-    return {_case_and_run(row): row for row in rows if row["provider"] == "ours"}
-
-
-def _case_and_run(row: Row) -> tuple[str, ...]:
-    return row["case"], row["time"], row["command"]
-
-
-def _against(
-    ours: dict[tuple[str, ...], Row], other: Row | None, words: Words, part: str = "total"
-) -> str:
-    """Another provider's time, and how many times ours of the same run it is, if there is one."""
-    if other is None:
-        return ""
-    seconds = other["seconds"][part]
-    same_run = ours.get(_case_and_run(other))
-    text = duration(seconds)
-    if same_run is not None:
-        text += f" ({digits(seconds / same_run['seconds'][part])} {words('times')})"
-    return marked(text, other)
 
 
 def headline(words: Words) -> list[str]:
@@ -147,9 +123,14 @@ def decoding(words: Words) -> list[str]:
     for found in cases:
         own, dense = found["ours"], found.get("sdpa-causal")
         shape = own["shape"]
-        cells = [f"{shape['length']:,}", str(shape["batch"]), _shape(own)[1], str(shape["window"])]
+        cells = [
+            f"{shape['length']:,}",
+            str(shape["batch"]),
+            shape_of(own)[1],
+            str(shape["window"]),
+        ]
         cells += [own.get("l2_cache", ""), marked(duration(own["seconds"]["total"]), own)]
-        cells += [size(own["cache_bytes"]), _against(ours, dense, words)]
+        cells += [size(own["cache_bytes"]), against(ours, dense, words)]
         table.append([*cells, size(dense["cache_bytes"]) if dense else ""])
     header = ["tokens", "sequences", "heads, D", "W", "L2 cache", "step", "its cache"]
     header += ["dense SDPA over all tokens", "its cache"]
@@ -185,9 +166,9 @@ def _beside(name: str, cases: list[dict[str, Row]], words: Words, named: bool = 
     for found in cases:
         ours = found["ours"]
         seconds = ours["seconds"]
-        cells = [*_shape(ours), *(duration(seconds.get(part)) for part in parts)]
+        cells = [*shape_of(ours), *(duration(seconds.get(part)) for part in parts)]
         cells += [marked(duration(seconds["total"]), ours)]
-        cells += [_against(runs, found.get(other), words) for other in others]
+        cells += [against(runs, found.get(other), words) for other in others]
         lines.append([ours["case"], *cells] if named else cells)
     used = [row for found in cases for row in found.values() if row["provider"] in NAMES]
     header = ["case", *header] if named else header
@@ -241,7 +222,7 @@ def everything(words: Words) -> list[str]:
     """
     lines: list[str] = []
     for path in sorted(RESULTS.glob("*.jsonl")):
-        if path.name == _GRID_ROWS:
+        if path.name == grid_tables.TIMED:
             continue
         rows = [row for found in latest(read_rows(path.name)).values() for row in found.values()]
         if not rows:
@@ -272,73 +253,6 @@ def everything(words: Words) -> list[str]:
         lines += [f"## results/{path.name}", "", *markdown(header, table), ""]
         lines += [*paragraphs(source(path.name, rows, words)), ""]
     return lines[:-1] or [words("no rows yet")]
-
-
-def predecessors_forward(words: Words) -> list[str]:
-    """The predecessors' forward table: lengths, batches, heads, head dimensions, windows."""
-    return _grid([case for case in _forward_grid() if case.queries > 1], "forward", words)
-
-
-def predecessors_inference(words: Words) -> list[str]:
-    """The predecessors' table of single queries."""
-    return _grid([case for case in _forward_grid() if case.queries == 1], "forward", words)
-
-
-def predecessors_backward(words: Words) -> list[str]:
-    """The predecessors' backward table."""
-    cases = [case for dim in grids.HEAD_DIMS for case in grids.backward_performance(dim)]
-    return _grid(cases, "backward", words)
-
-
-def _forward_grid() -> list[Case]:
-    return [case for dim in grids.HEAD_DIMS for case in grids.forward_performance(dim)]
-
-
-def _grid(cases: Sequence[Case], part: str, words: Words) -> list[str]:
-    """One line for each configuration: the time of a pass, by provider."""
-    rows = read_rows(_GRID_ROWS)
-    known, runs = latest(rows), ours_by_run(rows)
-    found = {case.name: known[case.name] for case in cases if "ours" in known.get(case.name, ())}
-    if not found:
-        return [words("no rows yet")]
-    others = [n for n in NAMES if n != "ours" and any(n in one for one in found.values())]
-    table = []
-    for name, one in found.items():
-        ours = one["ours"]
-        shape = ours["shape"]
-        cells = [name.split("-", 1)[1], f"{shape['batch']}, {_shape(ours)[1]}"]
-        cells += [f"{shape['queries']} x {shape['length']}, {shape['window']}"]
-        cells += [marked(duration(ours["seconds"][part]), ours)]
-        table.append([*cells, *(_against(runs, one.get(other), words, part) for other in others)])
-    header = ["configuration", "B, H / Hkv, D", "Q x N, W", "ours", *(NAMES[n] for n in others)]
-    used = [row for one in found.values() for row in one.values() if row["provider"] in NAMES]
-    missing = len(dict.fromkeys(case.name for case in cases)) - len(found)
-    left_out = [f"{missing} configurations were not measured."] * (missing > 0)
-    lines = [*left_out, *source(_GRID_ROWS, used, words)]
-    return [*markdown(header, table), "", *paragraphs(lines)]
-
-
-def equivalence(words: Words) -> list[str]:
-    """The predecessors' equivalence scripts: the largest error over what the error rule allows."""
-    rows = [row for row in all_rows("equivalence.jsonl") if "agrees" in row]
-    if not rows:
-        return [words("no rows yet")]
-    last = {(row["case"], row["provider"], row["what"]): row for row in rows}
-    table = []
-    for (case, provider, what), row in last.items():
-        shares = {name: row["errors"][name] / row["allowed"][name] for name in row["errors"]}
-        gradients = [share for name, share in shares.items() if name != "out"]
-        cells = [case, marked(provider, row), what.removeprefix("equivalence, "), row["dtype"]]
-        cells += [f"{shares['out']:.2f}", f"{max(gradients):.2f}" if gradients else ""]
-        table.append([*cells, f"{min(row['inside'].values()):.2%}", _verdict(row)])
-    header = ["configuration", "backend", "compared", "dtype", "out", "worst gradient"]
-    header += ["inside the tolerance", ""]
-    lines = source("equivalence.jsonl", last.values(), words)
-    return [*markdown(header, table), "", *paragraphs(lines)]
-
-
-def _verdict(row: Row) -> str:
-    return "agrees" if row["agrees"] else "**differs**"
 
 
 ATTENTIONS = {
@@ -388,7 +302,7 @@ def _quality(result: str, title: str, words: Words, name: str = "quality.jsonl")
         for kind in ATTENTIONS:
             of_kind = [row for row in rows if row["provider"] == kind]
             text = _over_seeds([row["results"][result] for row in of_kind])
-            cells.append(marked(text, next(filter(wording.is_stale, of_kind), None)))
+            cells.append(marked(text, next(filter(table_parts.is_stale, of_kind), None)))
         table.append(cells)
     header = [title, "training samples", "seeds", *["lessons before"] * has_lessons]
     header += ATTENTIONS.values()
@@ -430,14 +344,19 @@ def figures(words: Words) -> list[str]:
     return paragraphs(shown) or [words("no rows yet")]
 
 
+def _of_grids(make: Callable[[list[Row], Words], list[str]], name: str, words: Words) -> list[str]:
+    """A table of the predecessors' grids, from its file."""
+    return make(all_rows(name), words)
+
+
 TABLES: dict[str, Callable[[Words], list[str]]] = {
     "headline": headline,
     "windows": windows,
     "decoding": decoding,
-    "predecessors-forward": predecessors_forward,
-    "predecessors-inference": predecessors_inference,
-    "predecessors-backward": predecessors_backward,
-    "equivalence": equivalence,
+    "predecessors-forward": partial(_of_grids, grid_tables.forward, grid_tables.TIMED),
+    "predecessors-inference": partial(_of_grids, grid_tables.inference, grid_tables.TIMED),
+    "predecessors-backward": partial(_of_grids, grid_tables.backward, grid_tables.TIMED),
+    "equivalence": partial(_of_grids, grid_tables.equivalence, grid_tables.SAME),
     "bool-masks": bool_masks,
     "cpu": on_cpu,
     "cpu-patterns": patterns_on_cpu,

@@ -177,7 +177,7 @@ def test_tables_of_known_rows(tmp_path, monkeypatch):
         return json.dumps(facts)
 
     # Every row says with which kernels it was measured: for now all are the present ones.
-    monkeypatch.setattr(tables.wording, "is_stale", lambda row: False)
+    monkeypatch.setattr(tables.table_parts, "is_stale", lambda row: False)
     rows = [row("ours", 9.0, "1"), row("ours", 0.5, "2"), row("sdpa-causal", 1.0, "2")]
     (tmp_path / "h200.jsonl").write_text("\n".join(rows))
     lines = tables.headline(tables.Words(Path("README.md")))
@@ -190,7 +190,7 @@ def test_tables_of_known_rows(tmp_path, monkeypatch):
     assert tables.headline(tables.Words(Path("README.md")))[2].endswith("| 1.00 s |")
 
     # Ours is of older kernels: its total has a sign, which is explained below the table.
-    monkeypatch.setattr(tables.wording, "is_stale", lambda row: row["provider"] == "ours")
+    monkeypatch.setattr(tables.table_parts, "is_stale", lambda row: row["provider"] == "ours")
     lines = tables.headline(tables.Words(Path("README.md")))
     assert lines[2].endswith("| 500 ms † | 1.00 s |") and lines[4].startswith(
         "† of a run with other kernels"
@@ -205,12 +205,12 @@ def test_tables_of_the_predecessors_grids(tmp_path, monkeypatch):
     """Every configuration has its line; ratios are those of one pass, within one run."""
     tables = load(ROOT / "scripts" / "tables.py")
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    monkeypatch.setattr(tables.wording, "is_stale", lambda row: False)
+    monkeypatch.setattr(tables.table_parts, "is_stale", lambda row: False)
     words = tables.Words(Path("docs/measurements.md"))
     makers = {
-        "forward": tables.predecessors_forward,
-        "inference": tables.predecessors_inference,
-        "backward": tables.predecessors_backward,
+        "forward": tables.TABLES["predecessors-forward"],
+        "inference": tables.TABLES["predecessors-inference"],
+        "backward": tables.TABLES["predecessors-backward"],
     }
     assert all(make(words) == ["no rows yet"] for make in makers.values())
     facts = {
@@ -248,12 +248,12 @@ def test_table_of_equivalence(tmp_path, monkeypatch):
     tables = load(ROOT / "scripts" / "tables.py")
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     words = tables.Words(Path("docs/measurements.md"))
-    assert tables.equivalence(words) == ["no rows yet"]
+    assert tables.TABLES["equivalence"](words) == ["no rows yet"]
     out = tmp_path / "equivalence.jsonl"
     arguments = ["--config", "128-d32-causal", "--test-type", "ours", "--device", "cpu"]
     for backward in (False, True):
         assert equivalence.main("", backward, [*arguments, "--out", str(out)]) == 0
-    _, _, forward, backward, *_ = tables.equivalence(words)
+    _, _, forward, backward, *_ = tables.TABLES["equivalence"](words)
     assert forward.startswith("| 128-d32-causal | ours | forward | float32 | 0.")
     assert forward.endswith("|  | 100.00% | agrees |")
     assert "| forward + backward | float32 | 0." in backward and "|  |" not in backward
@@ -262,7 +262,7 @@ def test_table_of_equivalence(tmp_path, monkeypatch):
 def test_tables_of_windows_and_of_decoding(tmp_path, monkeypatch):
     tables = load(ROOT / "scripts" / "tables.py")
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    monkeypatch.setattr(tables.wording, "is_stale", lambda row: False)
+    monkeypatch.setattr(tables.table_parts, "is_stale", lambda row: False)
     words = tables.Words(Path("docs/performance.md"))
     assert tables.windows(words) == tables.decoding(words) == ["no rows yet"]
     facts = {
@@ -300,7 +300,7 @@ def test_tables_of_windows_and_of_decoding(tmp_path, monkeypatch):
 def test_tables_of_quality(tmp_path, monkeypatch):
     tables = load(ROOT / "scripts" / "tables.py")
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    monkeypatch.setattr(tables.wording, "is_stale", lambda row: False)
+    monkeypatch.setattr(tables.table_parts, "is_stale", lambda row: False)
     words = tables.Words(Path("docs/quality.md"))
     assert tables.quality_recall(words) == tables.quality_text(words) == ["no rows yet"]
 

@@ -1,4 +1,4 @@
-"""Words of tables: numbers with units, signs of old rows, and where rows come from."""
+"""What tables are made of: numbers with units, signs of old rows, ratios, where rows come from."""
 
 from __future__ import annotations
 
@@ -115,3 +115,41 @@ def source(name: str, rows: Iterable[Row], words: Words) -> list[str]:
 def paragraphs(lines: Sequence[str]) -> list[str]:
     """Each line a paragraph of its own."""
     return [part for line in lines for part in (line, "")][:-1]
+
+
+def latest(rows: Iterable[Row]) -> dict[str, dict[str, Row]]:
+    """The last row of every provider, by case."""
+    found: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault(row["case"], {})[row["provider"]] = row
+    return found
+
+
+def shape_of(row: Row) -> tuple[str, str]:
+    shape = row["shape"]
+    heads = f"{shape['heads']} / {shape['kv_heads']}, {shape['head_dim']}"
+    batch = "" if shape["batch"] == 1 else f"{shape['batch']} x "
+    return f"{batch}{shape['length']}, {shape['window']}", heads
+
+
+def ours_by_run(rows: Iterable[Row]) -> dict[tuple[str, ...], Row]:
+    """Our rows by case and run: what others are held against."""
+    return {_case_and_run(row): row for row in rows if row["provider"] == "ours"}
+
+
+def _case_and_run(row: Row) -> tuple[str, ...]:
+    return row["case"], row["time"], row["command"]
+
+
+def against(
+    ours: dict[tuple[str, ...], Row], other: Row | None, words: Words, part: str = "total"
+) -> str:
+    """Another provider's time, and how many times ours of the same run it is, if there is one."""
+    if other is None:
+        return ""
+    seconds = other["seconds"][part]
+    same_run = ours.get(_case_and_run(other))
+    text = duration(seconds)
+    if same_run is not None:
+        text += f" ({digits(seconds / same_run['seconds'][part])} {words('times')})"
+    return marked(text, other)
