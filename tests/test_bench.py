@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -262,6 +263,39 @@ def test_calls_in_rotation_share_the_time():
     assert len(seconds) == 3 and min(seconds) > 0 and how == "calls"
     # Each in turn, as often as makes a dozen of them; player calls once for the result.
     assert played == [0, 1, 2, 3, 4] * 3 * 5
+
+
+def test_on_a_gpu_calls_in_rotation_are_one_graph(monkeypatch):
+    """With stand-ins for streams, events and graphs: what is recorded, and how it is divided."""
+    log = []
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    class Event:
+        def __init__(self, **_):
+            pass
+
+        def record(self):
+            pass
+
+        def elapsed_time(self, end):
+            return 24.0  # milliseconds of a replay
+
+    class Graph:
+        def replay(self):
+            log.append("replay")
+
+    cuda = {"Stream": Stream, "current_stream": Stream, "Event": Event, "CUDAGraph": Graph}
+    cuda |= {"stream": lambda _: contextlib.nullcontext(), "synchronize": lambda: None}
+    cuda["graph"] = lambda graph: contextlib.nullcontext(log.append("recorded"))
+    for name, stand_in in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    calls = [lambda name=name: log.append(name) for name in "abcd"]
+    seconds, how = timing.rotation_seconds(calls, "cuda", repeats=2, warmup=1)
+    assert log == [*"abcd", "recorded", *"abcd" * 3, *["replay"] * 3]
+    assert seconds == [24e-3 / 12] * 2 and how == timing.REPLAYS
 
 
 def test_only_gpus_are_measured_in_this_process(monkeypatch):
