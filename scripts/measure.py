@@ -2,9 +2,13 @@
 
     python scripts/measure.py --out FOLDER [--seconds S] [JOB ...]
 
-Three phases: jobs side by side, one on each GPU, for at most ``--seconds``; jobs whose figures
-depend on the host, alone, half as long; and what needs several GPUs. FOLDER gets a log for each
-GPU, those of the last two phases, and ``rows.jsonl``, to be appended to a file in ``results/``.
+Three phases: jobs side by side, one on each GPU; jobs whose figures depend on the host, alone; and
+what needs several GPUs. The last two get what they are expected to take, at most a fifth of
+``--seconds`` each, and the first the rest. What the first has time for is run longest first, and
+what does not fit afterwards, as far as it gets: jobs stand in the order of their importance.
+
+FOLDER gets a log for each GPU, those of the last two phases, and files of rows, each to be appended
+to the file of its name in ``results/``.
 """
 
 from __future__ import annotations
@@ -25,6 +29,14 @@ BENCH = ["-m", "flash_sparse_attn", "bench", "run", "--repeats", "11"]
 RANKS = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "gpu"]
 MASKS = ["main", "keys", "small", "patterns"]
 OURS, DENSE, FLEX = ("--provider", "ours"), ("--provider", "sdpa-causal"), ("--provider", "flex")
+GRID = ["--test-type", "sdpa-vs-ours", "--seconds", "240"]
+SAME = ["--test-type", "ours", "--seconds", "150"]
+MINUTES = ["--minutes", "1.6"]
+LESSONS = ["--rate-factor", "10", "--curriculum", "16", "32", "64", "128"]
+SHORT = ["gpu-2048", "gpu-4096", "gpu-8192", "gpu-16384", "gpu-a", "gpu-b"]
+GIVEN = [f"gpu-{kind}-*" for kind in ("mask", "sliding", "documents", "prefix", "blocks")]
+GIVEN += ["gpu-independent-*"]
+LONG = ["gpu-262144", "gpu-524288", "gpu-1m"]  # dense attention would take minutes
 
 
 def cases(*patterns: str) -> list[str]:
@@ -33,34 +45,83 @@ def cases(*patterns: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Job:
-    """A program: its name, what Python is to run, and when."""
+    """A program.
+
+    Attributes:
+        name: What it is chosen by.
+        arguments: What Python is to run.
+        seconds: About how long it takes on an H200, starting and compiling included.
+        phase: When.
+        rows: The file in ``results/`` that its rows are for.
+    """
 
     name: str
     arguments: list[str]
+    seconds: float
     phase: str = "beside"
+    rows: str = ""
 
 
-# Those that take longest first.
+def bench(name: str, seconds: float, *arguments: str) -> Job:
+    return Job(name, [*BENCH, *arguments], seconds, rows="h200.jsonl")
+
+
+def script(name: str, seconds: float, program: str, *arguments: str, rows: str = "") -> Job:
+    return Job(name, [f"benchmarks/{program}.py", *arguments], seconds, rows=rows)
+
+
+# Those that matter most first.
 JOBS = [
-    Job("tests", ["scripts/test.py", "--gpu", "--heavy", "-k", "not host_time", "-v"]),
-    Job("flex", [*BENCH, *cases("gpu-2048", "gpu-4096", "gpu-8192", "gpu-16384"), *OURS, *FLEX]),
-    Job("masks", ["tests/gpu/time_masks.py"]),
-    Job("decoding", ["tests/gpu/time_decode.py"]),
-    Job("masks by kernel", ["tests/gpu/time_masks.py", *MASKS, "--ours", "--profile"]),
-    Job("dense", [*BENCH, *cases("gpu-c", "gpu-2048", "gpu-4096", "gpu-8192"), *OURS, *DENSE]),
-    Job("heart", [*BENCH, *cases("gpu-a", "gpu-b", "gpu-16384"), *OURS, *DENSE]),
-    Job("million", [*BENCH, *cases("gpu-1m"), *OURS]),
-    Job("patterns", [*BENCH, *cases("gpu-b-*"), *OURS]),
-    Job("shared", ["tests/gpu/time_attention.py", "A", "B", "shared"]),
-    Job("given masks", [*BENCH, *cases("gpu-mask-*"), *OURS, "--provider", "sdpa-additive"]),
-    Job("flex at length", [*BENCH, *cases("gpu-a", "gpu-b"), *OURS, *FLEX]),
-    Job("host time", ["scripts/test.py", "--gpu", "--heavy", "-k", "host_time", "-s"], "alone"),
-    Job("compilation", ["tests/gpu/time_compilation.py"], "alone"),
-    Job("Transformers", ["tests/gpu/time_transformers.py"], "alone"),
-    Job("demo", ["-m", "flash_sparse_attn", "demo", "--quick"], "alone"),
-    Job("ranks", [*RANKS, "tests/gpu/time_distributed.py"], "together"),
-    Job("tests of ranks", ["scripts/test.py", "--gpu", "-k", "several_gpus", "-v"], "together"),
+    Job("tests", ["scripts/test.py", "--gpu", "--heavy", "-k", "not host_time", "-v"], 360),
+    bench("lengths", 100, *cases(*SHORT, "gpu-65536", "gpu-c"), *OURS, *DENSE),
+    bench("long", 50, *cases(*LONG), *OURS),
+    bench("steps", 60, *cases("gpu-decode-*"), *OURS, *DENSE),
+    bench("windows", 60, *cases("gpu-window-*"), *OURS, *DENSE),
+    script("forward grid", 170, "forward_performance", *GRID, rows="predecessors.jsonl"),
+    script("backward grid", 200, "backward_performance", *GRID, rows="predecessors.jsonl"),
+    script(
+        "recall",
+        120,
+        "quality",
+        *("recall", "--length", "1024", "--width", "64", *LESSONS, *MINUTES),
+        rows="quality.jsonl",
+    ),
+    script("text", 120, "quality", "text", "--seed", "0", "1", *MINUTES, rows="quality.jsonl"),
+    bench("given masks", 100, *cases(*GIVEN), *OURS, "--provider", "sdpa-additive"),
+    bench("patterns", 60, *cases("gpu-b-*"), *OURS),
+    script("forward equivalence", 80, "forward_equivalence", *SAME, rows="equivalence.jsonl"),
+    script("backward equivalence", 120, "backward_equivalence", *SAME, rows="equivalence.jsonl"),
+    script("gradient equivalence", 15, "grad_equivalence"),
+    bench("flex", 180, *cases(*SHORT), *OURS, *FLEX),
+    Job("decoding", ["tests/gpu/time_decode.py"], 50),
+    Job("masks", ["tests/gpu/time_masks.py"], 80),
+    Job("masks by kernel", ["tests/gpu/time_masks.py", *MASKS, "--ours", "--profile"], 30),
+    Job("shared", ["tests/gpu/time_attention.py", "A", "B", "shared"], 30),
+    Job("host time", ["scripts/test.py", "--gpu", "--heavy", "-k", "host_time", "-s"], 35, "alone"),
+    Job("compilation", ["tests/gpu/time_compilation.py"], 35, "alone"),
+    Job("Transformers", ["tests/gpu/time_transformers.py"], 60, "alone"),
+    Job("demo", ["-m", "flash_sparse_attn", "demo", "--quick"], 40, "alone"),
+    Job("ranks", [*RANKS, "tests/gpu/time_distributed.py"], 60, "together"),
+    Job("tests of ranks", ["scripts/test.py", "--gpu", "-k", "several_gpus", "-v"], 60, "together"),
 ]
+
+
+def in_order(jobs: list[Job], seconds: float, gpus: int) -> list[Job]:
+    """The jobs for which there is time, longest first, then the others.
+
+    Args:
+        jobs: Those that matter most first.
+        seconds: Of the phase.
+        gpus: That work at the same time.
+    """
+    fits, rest, left = [], [], seconds * gpus
+    for job in jobs:
+        if job.seconds <= min(left, seconds):
+            fits.append(job)
+            left -= job.seconds
+        else:
+            rest.append(job)
+    return [*sorted(fits, key=lambda job: -job.seconds), *rest]
 
 
 class Runner:
@@ -74,7 +135,7 @@ class Runner:
         """Run a job on these GPUs; it is stopped at the deadline."""
         left = deadline - time.monotonic()
         command = [sys.executable, *job.arguments]
-        if "bench" in command:
+        if job.rows:
             command += ["--out", str(self._rows(job))]
         paths = [str(ROOT / "src"), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {
@@ -113,15 +174,18 @@ class Runner:
             thread.join()
 
     def collect(self) -> None:
-        """Put the rows of all jobs into one file."""
-        parts = sorted(self.out.glob("rows-*.jsonl"))
-        rows = "".join(part.read_text(encoding="utf-8") for part in parts)
-        (self.out / "rows.jsonl").write_text(rows, encoding="utf-8")
-        for part in parts:
-            part.unlink()
+        """Put the rows of all jobs into the files that they are for."""
+        for name in {job.rows for job in JOBS if job.rows}:
+            parts = [self._rows(job) for job in JOBS if job.rows == name]
+            parts = [part for part in parts if part.is_file()]
+            rows = "".join(part.read_text(encoding="utf-8") for part in parts)
+            if rows:
+                (self.out / name).write_text(rows, encoding="utf-8")
+            for part in parts:
+                part.unlink()
 
     def _rows(self, job: Job) -> Path:
-        return self.out / f"rows-{job.name.replace(' ', '-')}.jsonl"
+        return self.out / f"rows-of-{job.name.replace(' ', '-')}.jsonl"
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
@@ -140,7 +204,9 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("jobs", nargs="*", metavar="JOB", help=", ".join(job.name for job in JOBS))
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=1800.0)
+    parser.add_argument(
+        "--seconds", type=float, default=1800.0, help="for everything (default 1800)"
+    )
     options = parser.parse_args(arguments)
     unknown = set(options.jobs) - {job.name for job in JOBS}
     if unknown or not torch.cuda.is_available():
@@ -154,13 +220,19 @@ def main(arguments: list[str]) -> int:
         name: [job for job in chosen if job.phase == name]
         for name in ("beside", "alone", "together")
     }
-    runner.beside(phases["beside"], time.monotonic() + options.seconds)
-    deadline = time.monotonic() + options.seconds / 2
+    if runner.count == 1:
+        phases["together"] = []
+    end = runner.begin + options.seconds
+    later = {
+        name: min(sum(job.seconds for job in phases[name]), options.seconds / 5)
+        for name in ("alone", "together")
+    }
+    first = options.seconds - sum(later.values())
+    runner.beside(in_order(phases["beside"], first, runner.count), runner.begin + first)
     for job in phases["alone"]:
-        runner.run(job, [0], options.out / "alone.log", deadline)
-    deadline = time.monotonic() + options.seconds / 2
-    for job in phases["together"] if runner.count > 1 else []:
-        runner.run(job, list(range(runner.count)), options.out / "together.log", deadline)
+        runner.run(job, [0], options.out / "alone.log", end - later["together"])
+    for job in phases["together"]:
+        runner.run(job, list(range(runner.count)), options.out / "together.log", end)
     runner.collect()
     return 0
 

@@ -15,149 +15,52 @@ than those of the present sources is marked. The table ``support`` is made of te
 from __future__ import annotations
 
 import json
-import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
+import grid_tables
 import support
+import table_parts
+from table_parts import (
+    NAMES,
+    Row,
+    Words,
+    against,
+    digits,
+    duration,
+    latest,
+    markdown,
+    marked,
+    ours_by_run,
+    paragraphs,
+    shape_of,
+    size,
+    source,
+)
 
-from flash_sparse_attn.bench.digest import WHY_STALE, is_stale
 from flash_sparse_attn.bench.figures import FIGURES as CHARTS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
 FIGURES = ROOT / "docs" / "figures"
 BLOCK = re.compile(r"(<!-- rows: ([a-z-]+) -->\n)(.*?)(<!-- end of rows -->)", re.DOTALL)
-Row = dict[str, Any]
-
-CHINESE = {
-    "length N, window W": "长度 N，窗口 W",
-    "heads, D": "头数，D",
-    "scores": "分数",
-    "selection and plan": "选择与计划",
-    "forward": "前向",
-    "backward": "反向",
-    "all": "合计",
-    "peak memory": "峰值内存",
-    "computed by": "计算者",
-    "fastest to slowest": "最快至最慢",
-    "ours": "本项目",
-    "dense causal SDPA": "稠密因果 SDPA",
-    "SDPA, mask and bias stored": "SDPA，存储掩码与偏置",
-    "SDPA, mask and bias added up": "SDPA，掩码与偏置预先相加",
-    "no rows yet": "尚无数据",
-    "Rows": "数据",
-    "commit": "提交",
-    "times": "倍",
-}
-STALE = "†"
-CHINESE[WHY_STALE] = "所属运行的内核与当前源码不同，或未注明内核"
-NAMES = {
-    "ours": "ours",
-    "sdpa-causal": "dense causal SDPA",
-    "sdpa-masked": "SDPA, mask and bias stored",
-    "sdpa-additive": "SDPA, mask and bias added up",
-    "flex": "FlexAttention",
-    "flash-dmattn": "flash-dmattn",
-    "flash-sparse-attn": "flash-sparse-attn",
-}
 
 
-class Words:
-    """The words of a page's language; English where there is no other."""
-
-    def __init__(self, page: Path) -> None:
-        self.known = CHINESE if page.stem.endswith("_zh") else {}
-
-    def __call__(self, english: str) -> str:
-        return self.known.get(english, english)
+def all_rows(name: str) -> list[Row]:
+    """The rows of a file in results/, in the order they were measured."""
+    path = RESULTS / name
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines if line]
 
 
 def read_rows(name: str) -> list[Row]:
-    """The timed rows of a file in results/, in the order they were measured."""
-    path = RESULTS / name
-    if not path.is_file():
-        return []
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-    return [row for row in rows if "seconds" in row]
-
-
-def latest(rows: Iterable[Row]) -> dict[str, dict[str, Row]]:
-    """The last row of every provider, by case."""
-    found: dict[str, dict[str, Row]] = {}
-    for row in rows:
-        found.setdefault(row["case"], {})[row["provider"]] = row
-    return found
-
-
-def duration(seconds: float | None) -> str:
-    """Three digits and a unit."""
-    if seconds is None:
-        return ""
-    for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
-        if seconds * factor >= 1.0:
-            return f"{_digits(seconds * factor)} {unit}"
-    return f"{_digits(seconds * 1e9)} ns"
-
-
-def size(count: float | None) -> str:
-    """Three digits and a binary unit."""
-    if count is None:
-        return ""
-    for unit, bytes_each in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= bytes_each:
-            return f"{_digits(count / bytes_each)} {unit}"
-    return f"{count:.0f} B"
-
-
-def _digits(number: float) -> str:
-    """Three digits, trailing zeros included."""
-    return f"{number:.{max(0, 2 - max(0, math.floor(math.log10(number))))}f}" if number else "0"
-
-
-def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a table."""
-    rows = [list(header), ["---"] * len(header), *map(list, lines)]
-    return ["| " + " | ".join(cells) + " |" for cells in rows]
-
-
-def marked(text: str, row: Row | None) -> str:
-    """The text of a cell, with a sign if the kernels have changed since."""
-    return f"{text} {STALE}" if text and row is not None and is_stale(row) else text
-
-
-def source(name: str, rows: Iterable[Row], words: Words) -> list[str]:
-    """Where rows come from: one line for every run, and one that explains the sign of old ones."""
-    rows = list(rows)
-    why = words(
-        "of a run with other kernels than the present ones, or that does not name its kernels"
-    )
-    note = [f"{STALE} {why}"] if any(map(is_stale, rows)) else []
-    runs: dict[tuple[str, ...], None] = {}
-    for row in rows:
-        hardware, versions = row["hardware"], row["versions"]
-        machine = hardware.get("gpu") or f"{hardware['cpu_cores']} x {hardware['cpu']}"
-        used = f"torch {versions['torch']}"
-        if hardware["device"] == "cuda":
-            used += f", Triton {versions['triton']}"
-        runs[machine, used, row["commit"], row["time"][:10], row["command"]] = None
-    return note + [
-        f"{words('Rows')}: `results/{name}`; {machine}, {used}, {words('commit')} {commit}, {day}: "
-        f"`{command}`"
-        for machine, used, commit, day, command in runs
-    ]
-
-
-def _shape(row: Row) -> tuple[str, str]:
-    shape = row["shape"]
-    heads = f"{shape['heads']} / {shape['kv_heads']}, {shape['head_dim']}"
-    batch = "" if shape["batch"] == 1 else f"{shape['batch']} x "
-    return f"{batch}{shape['length']}, {shape['window']}", heads
+    """Those that were timed."""
+    return [row for row in all_rows(name) if "seconds" in row]
 
 
 def _seconds(row: Row) -> dict[str, float]:
@@ -168,30 +71,71 @@ def _seconds(row: Row) -> dict[str, float]:
     return times
 
 
-def _against(ours: Row, other: Row | None, words: Words) -> str:
-    """Another provider's total, and how many times ours it is if both were measured in one run."""
-    if other is None:
-        return ""
-    total = other["seconds"]["total"]
-    if (ours["time"], ours["command"]) != (other["time"], other["command"]):
-        return duration(total)
-    ratio = _digits(total / ours["seconds"]["total"])
-    return f"{duration(total)} ({ratio} {words('times')})"
-
-
 def headline(words: Words) -> list[str]:
     """Selections from random scores on a GPU, whole calls, against what else one could use."""
-    cases = [
+    cases = [case for case in _of_random_scores() if not _is_of_window(case["ours"])]
+    cases.sort(key=lambda found: _work(found["ours"]))
+    return _beside("h200.jsonl", cases, words)
+
+
+def windows(words: Words) -> list[str]:
+    """The same text with windows of all sizes."""
+    cases = [found for found in _of_random_scores() if _is_of_window(found["ours"])]
+    sizes = [_without_window(found["ours"]) for found in cases]
+    cases += [
+        found
+        for found in _of_random_scores()
+        if not _is_of_window(found["ours"]) and _without_window(found["ours"]) in sizes
+    ]
+    cases.sort(key=lambda found: found["ours"]["shape"]["window"])
+    return _beside("h200.jsonl", cases, words)
+
+
+def _of_random_scores() -> list[dict[str, Row]]:
+    """Whole calls on a GPU with a selection from random scores and a cold cache, by provider."""
+    return [
         providers
         for providers in latest(read_rows("h200.jsonl")).values()
         if "ours" in providers
-        and len(providers) > 1
         and providers["ours"].get("mask", "selection") == "selection"
+        and providers["ours"].get("l2_cache", "cold") == "cold"
         and providers["ours"]["pattern"] == "random"
         and "backward" in providers["ours"]["seconds"]
     ]
-    cases.sort(key=lambda found: _work(found["ours"]))
-    return _beside("h200.jsonl", cases, words)
+
+
+def _is_of_window(row: Row) -> bool:
+    return row["case"].startswith("gpu-window-")
+
+
+def _without_window(row: Row) -> dict[str, int]:
+    return {name: value for name, value in row["shape"].items() if name != "window"}
+
+
+def decoding(words: Words) -> list[str]:
+    """One more token on a GPU after texts of all lengths."""
+    rows = [row for row in read_rows("h200.jsonl") if "cache_bytes" in row]
+    cases = [found for found in latest(rows).values() if "ours" in found]
+    if not cases:
+        return [words("no rows yet")]
+    cases.sort(key=lambda found: (found["ours"].get("l2_cache", ""), _work(found["ours"])))
+    ours, table = ours_by_run(rows), []
+    for found in cases:
+        own, dense = found["ours"], found.get("sdpa-causal")
+        shape = own["shape"]
+        cells = [
+            f"{shape['length']:,}",
+            str(shape["batch"]),
+            shape_of(own)[1],
+            str(shape["window"]),
+        ]
+        cells += [own.get("l2_cache", ""), marked(duration(own["seconds"]["total"]), own)]
+        cells += [size(own["cache_bytes"]), against(ours, dense, words)]
+        table.append([*cells, size(dense["cache_bytes"]) if dense else ""])
+    header = ["tokens", "sequences", "heads, D", "W", "L2 cache", "step", "its cache"]
+    header += ["dense SDPA over all tokens", "its cache"]
+    used = [row for found in cases for row in found.values()]
+    return [*markdown(header, table), "", *paragraphs(source("h200.jsonl", used, words))]
 
 
 def bool_masks(words: Words) -> list[str]:
@@ -218,19 +162,17 @@ def _beside(name: str, cases: list[dict[str, Row]], words: Words, named: bool = 
     header = [words(text) for text in ("length N, window W", "heads, D")]
     header += [words(text) for text in ("selection and plan", "forward", "backward", "all")]
     header += [words(NAMES[other]) for other in others]
-    lines = []
+    lines, runs = [], ours_by_run(read_rows(name))
     for found in cases:
         ours = found["ours"]
         seconds = ours["seconds"]
-        cells = [*_shape(ours), *(duration(seconds.get(part)) for part in parts)]
+        cells = [*shape_of(ours), *(duration(seconds.get(part)) for part in parts)]
         cells += [marked(duration(seconds["total"]), ours)]
-        cells += [
-            marked(_against(ours, found.get(other), words), found.get(other)) for other in others
-        ]
+        cells += [against(runs, found.get(other), words) for other in others]
         lines.append([ours["case"], *cells] if named else cells)
     used = [row for found in cases for row in found.values() if row["provider"] in NAMES]
     header = ["case", *header] if named else header
-    return [*markdown(header, lines), "", *_paragraphs(source(name, used, words))]
+    return [*markdown(header, lines), "", *paragraphs(source(name, used, words))]
 
 
 def on_cpu(words: Words) -> list[str]:
@@ -270,13 +212,18 @@ def _cpu_table(prefix: str, words: Words) -> list[str]:
             ]
         )
     table = markdown([words(text) for text in header], lines)
-    return [*table, "", *_paragraphs(source("cpu.jsonl", rows, words))]
+    return [*table, "", *paragraphs(source("cpu.jsonl", rows, words))]
 
 
 def everything(words: Words) -> list[str]:
-    """The last row of every case and provider of every file."""
+    """The last row of every case and provider of every file but those of the predecessors' grids.
+
+    Their tables are whole already.
+    """
     lines: list[str] = []
     for path in sorted(RESULTS.glob("*.jsonl")):
+        if path.name == grid_tables.TIMED:
+            continue
         rows = [row for found in latest(read_rows(path.name)).values() for row in found.values()]
         if not rows:
             continue
@@ -298,13 +245,13 @@ def everything(words: Words) -> list[str]:
                     row["dtype"],
                     *(duration(part) for part in parts),
                     str(row["repeats"]),
-                    _digits(useful) if useful else "",
+                    digits(useful) if useful else "",
                     size(row["peak_bytes"]),
                     f"{max(row['errors'].values()):.1e}",
                 ]
             )
         lines += [f"## results/{path.name}", "", *markdown(header, table), ""]
-        lines += [*_paragraphs(source(path.name, rows, words)), ""]
+        lines += [*paragraphs(source(path.name, rows, words)), ""]
     return lines[:-1] or [words("no rows yet")]
 
 
@@ -335,12 +282,10 @@ def quality_cpu(words: Words) -> list[str]:
 
 def _quality(result: str, title: str, words: Words, name: str = "quality.jsonl") -> list[str]:
     """One line for every case and its lessons: the mean over seeds, and least to largest."""
-    path = RESULTS / name
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     # The last row of every case with its lessons, attention and seed.
     found = {
         ((row["case"], _lessons(row)), row["provider"], row["seed"]): row
-        for row in map(json.loads, lines)
+        for row in all_rows(name)
         if result in row["results"]
     }
     if not found:
@@ -357,12 +302,12 @@ def _quality(result: str, title: str, words: Words, name: str = "quality.jsonl")
         for kind in ATTENTIONS:
             of_kind = [row for row in rows if row["provider"] == kind]
             text = _over_seeds([row["results"][result] for row in of_kind])
-            cells.append(marked(text, next(filter(is_stale, of_kind), None)))
+            cells.append(marked(text, next(filter(table_parts.is_stale, of_kind), None)))
         table.append(cells)
     header = [title, "training samples", "seeds", *["lessons before"] * has_lessons]
     header += ATTENTIONS.values()
     used = source(name, found.values(), words)
-    return [*markdown(header, table), "", *_paragraphs(used)]
+    return [*markdown(header, table), "", *paragraphs(used)]
 
 
 def _lessons(row: Row) -> str:
@@ -377,11 +322,6 @@ def _over_seeds(values: list[float]) -> str:
         return ""
     mean = f"{sum(values) / len(values):.3f}"
     return mean if len(values) == 1 else f"{mean} ({min(values):.3f} .. {max(values):.3f})"
-
-
-def _paragraphs(lines: Sequence[str]) -> list[str]:
-    """Each line a paragraph of its own."""
-    return [part for line in lines for part in (line, "")][:-1]
 
 
 def features(words: Words) -> list[str]:
@@ -401,11 +341,22 @@ def figures(words: Words) -> list[str]:
     """The pictures, for a page in docs/."""
     drawn = pictures().items()
     shown = [f"![{title}]({FIGURES.name}/{name})" for name, (title, _) in drawn]
-    return _paragraphs(shown) or [words("no rows yet")]
+    return paragraphs(shown) or [words("no rows yet")]
+
+
+def _of_grids(make: Callable[[list[Row], Words], list[str]], name: str, words: Words) -> list[str]:
+    """A table of the predecessors' grids, from its file."""
+    return make(all_rows(name), words)
 
 
 TABLES: dict[str, Callable[[Words], list[str]]] = {
     "headline": headline,
+    "windows": windows,
+    "decoding": decoding,
+    "predecessors-forward": partial(_of_grids, grid_tables.forward, grid_tables.TIMED),
+    "predecessors-inference": partial(_of_grids, grid_tables.inference, grid_tables.TIMED),
+    "predecessors-backward": partial(_of_grids, grid_tables.backward, grid_tables.TIMED),
+    "equivalence": partial(_of_grids, grid_tables.equivalence, grid_tables.SAME),
     "bool-masks": bool_masks,
     "cpu": on_cpu,
     "cpu-patterns": patterns_on_cpu,

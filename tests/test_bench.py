@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -12,14 +13,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flash_sparse_attn import __main__, dispatch, info, select_keys
+from flash_sparse_attn import WindowCache, __main__, dispatch, info, select_keys
 from flash_sparse_attn.bench import (
     cli,
     console,
     figures,
+    machine,
     measure,
     providers,
     store,
+    timing,
     yardsticks,
 )
 from flash_sparse_attn.bench.cases import (
@@ -189,6 +192,159 @@ def test_a_selection_alone_has_no_other_part():
     assert set(found["seconds"]) == {"selection", "total"}
 
 
+STEP = CASES["cpu-smoke-step"]
+
+
+@pytest.mark.parametrize("name", ["ours", "ours-eager", "sdpa-causal", "sdpa-masked", "reference"])
+def test_one_more_token_is_what_the_whole_text_gives(name):
+    assert set(verify(STEP, name)) == {"out"}
+    inputs = make_inputs(STEP)
+    cache = PROVIDERS["ours"].select(inputs, STEP.window)
+    assert isinstance(cache, WindowCache) and int(cache.seen_tokens) == STEP.length - 1
+    for seen in (STEP.length, STEP.length + 1):  # the new token is stored, again and again
+        PROVIDERS["ours"].attend(inputs, cache)
+        assert int(cache.seen_tokens) == seen
+        assert int(cache.position.max()) == seen - 1
+
+
+def test_a_step_over_a_wrong_cache_is_refused(monkeypatch):
+    right = PROVIDERS["ours"].select
+    change(monkeypatch, "ours", select=lambda inputs, window: right(inputs, window - 1))
+    with pytest.raises(WrongResult, match="out is off by"):
+        verify(STEP, "ours")
+
+
+def test_steps_are_timed_over_caches_of_their_size():
+    assert STEP.flops() == 4 * STEP.head_dim * STEP.heads * STEP.window
+    token = 2 * 4 * STEP.heads * STEP.head_dim + 4 * STEP.heads  # query, out, lse
+    assert STEP.min_bytes() == token + STEP.window * (2 * 4 * STEP.head_dim + 4)
+    longer = replace(STEP, length=1024)
+    assert STEP.min_bytes() == longer.min_bytes() and STEP.flops() == longer.flops()
+    sizes = {}
+    for name in STEP.providers:
+        for case in (STEP, longer):
+            found = measure.measure(case, PROVIDERS[name], 2)
+            assert set(found["seconds"]) == {"forward", "total"} == {*found["timing"], "total"}
+            assert found["caches"] == 1 and found["repeats"] == 2 and "l2_cache" not in found
+            sizes[name, case.length] = found["cache_bytes"]
+    assert sizes["ours", 512] == sizes["ours", 1024] < 2**13
+    assert [sizes["sdpa-causal", n] for n in (512, 1024)] == [2 * 4 * 16 * n for n in (512, 1024)]
+
+
+def test_on_a_gpu_caches_take_turns(monkeypatch):
+    """As many as the L2 cache cannot hold; one alone if it is to be warm."""
+    seen = []
+
+    def rotation(calls, device, repeats, warmup):
+        seen.append((len({id(call.args[1]) for call in calls}), device, repeats, warmup))
+        return [1.0] * repeats, timing.REPLAYS
+
+    class Device:
+        L2_cache_size = 4504  # that of the case's cache
+
+    monkeypatch.setattr(measure, "rotation_seconds", rotation)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Device)
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    for name in ("memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 7)
+    inputs, on_gpu = make_inputs(STEP), replace(STEP, device="cuda")
+    for cold in (True, False):
+        found = measure._measure_steps(on_gpu, PROVIDERS["ours"], inputs, 3, 2, cold)
+        assert found["cache_bytes"] == 4504 and set(found["host_seconds"]) == {"forward", "total"}
+        assert found["seconds"]["total"] == 1.0 and found["peak_bytes"] == 0
+    assert seen == [(4, "cuda", 3, 2), (1, "cuda", 3, 2)]
+
+
+def test_calls_in_rotation_share_the_time():
+    played = []
+    calls = [lambda number=number: played.append(number) for number in range(5)]
+    seconds, how = timing.rotation_seconds(calls, "cpu", repeats=3, warmup=1)
+    assert len(seconds) == 3 and min(seconds) > 0 and how == "calls"
+    # Each in turn, as often as makes a dozen of them; player calls once for the result.
+    assert played == [0, 1, 2, 3, 4] * 3 * 5
+
+
+def test_on_a_gpu_calls_in_rotation_are_one_graph(monkeypatch):
+    """With stand-ins for streams, events and graphs: what is recorded, and how it is divided."""
+    log = []
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    class Event:
+        def __init__(self, **_):
+            pass
+
+        def record(self):
+            pass
+
+        def elapsed_time(self, end):
+            return 24.0  # milliseconds of a replay
+
+    class Graph:
+        def replay(self):
+            log.append("replay")
+
+    cuda = {"Stream": Stream, "current_stream": Stream, "Event": Event, "CUDAGraph": Graph}
+    cuda |= {"stream": lambda _: contextlib.nullcontext(), "synchronize": lambda: None}
+    cuda["graph"] = lambda graph: contextlib.nullcontext(log.append("recorded"))
+    for name, stand_in in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    calls = [lambda name=name: log.append(name) for name in "abcd"]
+    seconds, how = timing.rotation_seconds(calls, "cuda", repeats=2, warmup=1)
+    assert log == [*"abcd", "recorded", *"abcd" * 3, *["replay"] * 3]
+    assert seconds == [24e-3 / 12] * 2 and how == timing.REPLAYS
+
+
+def test_only_gpus_are_measured_in_this_process(monkeypatch):
+    monkeypatch.setattr(measure, "measure_isolated", lambda case, name, **_: "in another")
+    monkeypatch.setattr(measure, "measure", lambda case, provider, **_: "in this")
+    assert measure.take(SMOKE, "ours", repeats=1) == "in another"
+    on_gpu = replace(SMOKE, device="cuda")
+    assert measure.take(on_gpu, "ours", repeats=1) == "in this"
+    assert measure.take(on_gpu, "flash-dmattn", repeats=1) == "in another"
+
+
+def test_a_warm_cache_is_asked_for_and_told(capsys, tmp_path, monkeypatch):
+    status, printed = run(capsys, "run", "--case", "cpu-smoke", "--warm-cache")
+    assert status == 2 and "--warm-cache: expected cases of a GPU, got cpu-smoke" in printed.err
+    asked = []
+
+    def taken(case, name, **options):
+        asked.append((case.name, options["cold"]))
+        raise RuntimeError("not measured")
+
+    monkeypatch.setattr(cli, "take", taken)
+    monkeypatch.setattr(cli, "verify_isolated", lambda case, name: {"out": 0.0})
+    monkeypatch.setattr(cli, "run_facts", lambda device: store.run_facts("cpu"))
+    monkeypatch.setattr(cli, "ceilings", lambda device: {})
+    for options in ([], ["--warm-cache"]):
+        run(capsys, "run", "--case", "gpu-a", "--provider", "ours", *options)
+    assert asked == [("gpu-a", True), ("gpu-a-warm", False)]
+
+
+@pytest.mark.parametrize("cold", [True, False])
+def test_a_clock_empties_the_cache_if_asked(cold, monkeypatch):
+    class Event:
+        def __init__(self, **_):
+            pass
+
+        def record(self):
+            pass
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda size, device: empty(3).fill_(1.0))
+    clock = timing.Clock("cuda", cold)
+    monkeypatch.undo()
+    assert (clock._cold is not None) is cold
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    clock.start()
+    assert not cold or clock._cold.eq(0).all()
+
+
 def test_measurement_in_a_process_of_its_own():
     found = measure.measure_isolated(SMOKE, "ours", repeats=3)
     seconds = found["seconds"]
@@ -223,14 +379,14 @@ def test_the_parts_that_are_timed_on_a_gpu(changes, provider, parts, monkeypatch
         def elapsed_time(self, end):
             return 1e3 * (end.time - self.time)
 
-    player = measure._player
-    monkeypatch.setattr(measure, "_player", lambda function, captures=True: player(function, False))
-    monkeypatch.setattr(measure, "_COLD_CACHE_FLOATS", 1)
+    player = timing.player
+    monkeypatch.setattr(measure, "player", lambda function, captures=True: player(function, False))
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     case = replace(TINY, **changes)
     inputs = make_inputs(case)
-    found = measure._measure_graphs(case, PROVIDERS[provider], inputs, repeats=3, warmup=2)
+    clock = timing.Clock("cuda", cold=False)
+    found = measure._measure_graphs(case, PROVIDERS[provider], inputs, 3, 9.0, 2, clock)
     assert list(found["seconds"]) == [*parts, "total"]
     assert list(found["timing"]) == parts and found["repeats"] == 3
     assert {*found["host_seconds"]} >= {*parts, "total"}
@@ -238,14 +394,14 @@ def test_the_parts_that_are_timed_on_a_gpu(changes, provider, parts, monkeypatch
 
 
 def test_the_load_of_other_processes_is_seen():
-    others = measure._OtherLoad()
+    others = machine.OtherLoad()
     if others.share() is None:
         pytest.skip("this system does not tell how busy it is")
-    alone = measure._OtherLoad()
+    alone = machine.OtherLoad()
     sum(range(5_000_000))
     assert alone.share() < 1.0
     # Half a second of work of another process: not this one's, so it counts.
-    crowded = measure._OtherLoad()
+    crowded = machine.OtherLoad()
     subprocess.run([sys.executable, "-c", "sum(range(20_000_000))"], check=True)
     assert crowded.share() > 0.2 / os.cpu_count()
 
@@ -256,9 +412,9 @@ def test_a_failing_process_is_reported_with_its_error():
 
 
 def test_peak_memory_sees_what_was_freed_again():
-    if measure._peak_resident_bytes() is None:
+    if machine._peak_resident_bytes() is None:
         pytest.skip("this system does not tell peak memory")
-    memory = measure._PeakMemory("cpu")
+    memory = machine.PeakMemory("cpu")
     torch.ones(64 << 20, dtype=torch.uint8)
     assert (60 << 20) < memory.peak() < (100 << 20)
 
@@ -277,7 +433,7 @@ def test_list_names_every_case_and_provider(capsys):
 
 def test_run_prints_and_appends_complete_rows(capsys, tmp_path):
     path = tmp_path / "rows.jsonl"
-    arguments = ("run", "--case", "cpu-sm*", "--provider", "ours", "--repeats", "1")
+    arguments = ("run", "--case", "cpu-smok[e]", "--provider", "ours", "--repeats", "1")
     status, printed = run(capsys, *arguments, "--out", str(path))
     assert status == 0
     assert "cpu-smoke" in printed.out and "commit" in printed.out
@@ -298,7 +454,7 @@ def test_run_prints_and_appends_complete_rows(capsys, tmp_path):
 def test_a_wrong_provider_is_not_timed(capsys, tmp_path, monkeypatch):
     right = PROVIDERS["ours"].attend
     change(monkeypatch, "ours", attend=lambda inputs, mask: 0 * right(inputs, mask))
-    monkeypatch.setattr(cli, "measure_isolated", lambda *_: pytest.fail("it was timed"))
+    monkeypatch.setattr(cli, "take", lambda *_, **__: pytest.fail("it was timed"))
     path = tmp_path / "rows.jsonl"
     arguments = ("run", "--case", "cpu-smoke", "--provider", "ours", "--out", str(path))
     status, printed = run(capsys, *arguments)

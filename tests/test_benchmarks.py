@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from flash_sparse_attn import dispatch
-from flash_sparse_attn.bench import equivalence, grids, performance
+from flash_sparse_attn.bench import console, equivalence, grids, performance
 from flash_sparse_attn.bench.providers import PROVIDERS, visible_pairs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -211,6 +211,40 @@ def test_a_missing_backend_is_named(capsys):
     assert equivalence.main("", False, ["--test-type", "triton"]) == 2
 
 
+@pytest.mark.parametrize("backward", [None, False])
+def test_nothing_is_begun_after_the_time(backward, monkeypatch, capsys, tmp_path):
+    """Of two, the first takes all the time; its row is written and the other is named."""
+    clock = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
+    out = tmp_path / "rows.jsonl"
+    common = ["--device", "cpu", "--dtype", "float32", "--seconds", "5", "--out", str(out)]
+
+    def slow(function):
+        def call(*arguments, **options):
+            clock[0] += 6.0
+            return function(*arguments, **options)
+
+        return call
+
+    if backward is None:
+        monkeypatch.setattr(performance, "take", slow(lambda case, *_, **__: measured_of(case)))
+        arguments = ["--test-type", "ours", "--config", "*-train-256-d64", "*-infer-256-d64"]
+        status = performance.main("", grids.forward_performance, [*arguments, *common])
+    else:
+        monkeypatch.setattr(equivalence, "compare", slow(equivalence.compare))
+        arguments = ["--test-type", "ours", "--config", "128-d32*"]
+        status = equivalence.main("", backward, [*arguments, *common])
+    assert status == 0
+    assert "--seconds 5: no time was left for 1 of 2" in capsys.readouterr().out
+    assert len(out.read_text().splitlines()) == 1
+
+
+def measured_of(case):
+    seconds = {"forward": 1.0, "total": 1.0}
+    about = {"repeats": 1, "warm": True, "timing": {"forward": "calls"}, "peak_bytes": 1}
+    return {"seconds": seconds, "spread": [1.0, 1.0], "visible_pairs": 9, **about}
+
+
 # On a CPU, without saying what
 
 
@@ -230,7 +264,8 @@ def test_scripts_take_short_configurations_on_a_cpu_and_say_so(
     taken = []
     monkeypatch.setattr(performance, "verify_isolated", lambda case, name: {"out": 0.0})
 
-    def measured(case, name, options):
+    def measured(case, name, **options):
+        assert set(options) == {"repeats", "warmup", "seed"}
         taken.append((case, name))
         raise RuntimeError("not measured")
 
@@ -238,7 +273,7 @@ def test_scripts_take_short_configurations_on_a_cpu_and_say_so(
         taken.append((case, name))
         return {"out": equivalence.Comparison(0.0, 0.0, 1e-5, 1.0, (0,))}
 
-    monkeypatch.setattr(performance, "_measured", measured)
+    monkeypatch.setattr(performance, "take", measured)
     monkeypatch.setattr(equivalence, "compare", compared)
     arguments = ["--device", "cpu"]
     if name.endswith("performance"):
@@ -262,11 +297,13 @@ def test_on_a_cpu_options_still_choose_everything(monkeypatch, capsys):
     taken = []
     monkeypatch.setattr(performance, "verify_isolated", lambda case, name: {"out": 0.0})
     monkeypatch.setattr(
-        performance, "_measured", lambda case, name, options: taken.append((case, name)) or 1 / 0
+        performance, "take", lambda case, name, **_: taken.append((case, name)) or 1 / 0
     )
     arguments = ["--device", "cpu", "--config", "*window-32-d64", "--dtype", "bfloat16"]
-    with pytest.raises(ZeroDivisionError):
-        performance.main("", grids.forward_performance, [*arguments, "--test-type", "ours"])
-    assert "On a CPU" not in capsys.readouterr().out
+    arguments += ["--test-type", "ours"]
+    assert performance.main("", grids.forward_performance, arguments) == 1
+    printed = capsys.readouterr().out
+    assert "On a CPU" not in printed
+    assert "ours on forward-window-32-d64: ZeroDivisionError: division by zero" in printed
     ((case, name),) = taken
     assert (case.length, case.dtype, name) == (32768, "bfloat16", "ours")

@@ -17,6 +17,9 @@ import torch
 from pages import PAGES, ROOT, snippets
 from test_imports import PUBLIC
 
+from flash_sparse_attn.bench import equivalence, grids, store
+from flash_sparse_attn.bench.cases import CASES
+
 # README_zh.md has the programs of README.md, see below.
 PROGRAMS = {
     place: code
@@ -174,7 +177,7 @@ def test_tables_of_known_rows(tmp_path, monkeypatch):
         return json.dumps(facts)
 
     # Every row says with which kernels it was measured: for now all are the present ones.
-    monkeypatch.setattr(tables, "is_stale", lambda row: False)
+    monkeypatch.setattr(tables.table_parts, "is_stale", lambda row: False)
     rows = [row("ours", 9.0, "1"), row("ours", 0.5, "2"), row("sdpa-causal", 1.0, "2")]
     (tmp_path / "h200.jsonl").write_text("\n".join(rows))
     lines = tables.headline(tables.Words(Path("README.md")))
@@ -187,7 +190,7 @@ def test_tables_of_known_rows(tmp_path, monkeypatch):
     assert tables.headline(tables.Words(Path("README.md")))[2].endswith("| 1.00 s |")
 
     # Ours is of older kernels: its total has a sign, which is explained below the table.
-    monkeypatch.setattr(tables, "is_stale", lambda row: row["provider"] == "ours")
+    monkeypatch.setattr(tables.table_parts, "is_stale", lambda row: row["provider"] == "ours")
     lines = tables.headline(tables.Words(Path("README.md")))
     assert lines[2].endswith("| 500 ms † | 1.00 s |") and lines[4].startswith(
         "† of a run with other kernels"
@@ -198,10 +201,106 @@ def test_tables_of_known_rows(tmp_path, monkeypatch):
     assert tables.headline(tables.Words(Path("README_zh.md"))) == ["尚无数据"]
 
 
+def test_tables_of_the_predecessors_grids(tmp_path, monkeypatch):
+    """Every configuration has its line; ratios are those of one pass, within one run."""
+    tables = load(ROOT / "scripts" / "tables.py")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(tables.table_parts, "is_stale", lambda row: False)
+    words = tables.Words(Path("docs/measurements.md"))
+    makers = {
+        "forward": tables.TABLES["predecessors-forward"],
+        "inference": tables.TABLES["predecessors-inference"],
+        "backward": tables.TABLES["predecessors-backward"],
+    }
+    assert all(make(words) == ["no rows yet"] for make in makers.values())
+    facts = {
+        "hardware": {"device": "cuda", "gpu": "G"},
+        "versions": {"torch": "2.0", "triton": "3.0"},
+        "commit": "abc",
+        "command": "run 1",
+        "time": "2026-01-01T00:00:00",
+    }
+
+    def row(case, provider):
+        times = 1.0 if provider == "ours" else 3.0
+        seconds = {"forward": times, "backward": 2 * times, "total": 3 * times}
+        measured = {"seconds": seconds, "visible_pairs": 9}
+        return json.dumps(store.make_row(case, provider, measured, {"out": 0.0}, facts))
+
+    cases = [case for dim in (64, 128) for case in grids.forward_performance(dim)]
+    cases += [case for dim in (64, 128) for case in grids.backward_performance(dim)]
+    rows = [row(case, provider) for case in cases for provider in ("ours", "sdpa-additive")]
+    (tmp_path / "predecessors.jsonl").write_text("\n".join(rows))
+    count = {"forward": 84 - 24, "inference": 24, "backward": 66}
+    for name, make in makers.items():
+        lines = make(words)
+        assert len([line for line in lines if line.endswith("times) |")]) == count[name]
+        assert "not measured" not in "".join(lines) and lines[-1].endswith("`run 1`")
+    first = makers["backward"](words)[2]
+    cells = ["train-256-d64", "1, 2 / 1, 64", "256 x 256, 1024", "2.00 s", "6.00 s (3.00 times)"]
+    assert first == "| " + " | ".join(cells) + " |"
+    (tmp_path / "predecessors.jsonl").write_text("\n".join(rows[:6]))
+    assert "57 configurations were not measured." in makers["forward"](words)
+    assert tables.everything(words) == ["no rows yet"]  # they have their own
+
+
+def test_table_of_equivalence(tmp_path, monkeypatch):
+    tables = load(ROOT / "scripts" / "tables.py")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    words = tables.Words(Path("docs/measurements.md"))
+    assert tables.TABLES["equivalence"](words) == ["no rows yet"]
+    out = tmp_path / "equivalence.jsonl"
+    arguments = ["--config", "128-d32-causal", "--test-type", "ours", "--device", "cpu"]
+    for backward in (False, True):
+        assert equivalence.main("", backward, [*arguments, "--out", str(out)]) == 0
+    _, _, forward, backward, *_ = tables.TABLES["equivalence"](words)
+    assert forward.startswith("| 128-d32-causal | ours | forward | float32 | 0.")
+    assert forward.endswith("|  | 100.00% | agrees |")
+    assert "| forward + backward | float32 | 0." in backward and "|  |" not in backward
+
+
+def test_tables_of_windows_and_of_decoding(tmp_path, monkeypatch):
+    tables = load(ROOT / "scripts" / "tables.py")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(tables.table_parts, "is_stale", lambda row: False)
+    words = tables.Words(Path("docs/performance.md"))
+    assert tables.windows(words) == tables.decoding(words) == ["no rows yet"]
+    facts = {
+        "hardware": {"device": "cuda", "gpu": "G"},
+        "versions": {"torch": "2.0", "triton": "3.0"},
+        "commit": "abc",
+        "command": "run 1",
+        "time": "2026-01-01T00:00:00",
+    }
+    rows = []
+    names = ["gpu-a", "gpu-b", *(name for name in CASES if name.startswith("gpu-window-"))]
+    for name in names:
+        seconds = {"selection": 1.0, "forward": 1.0, "backward": 1.0, "total": 3.0}
+        measured = {"seconds": seconds, "l2_cache": "cold"}
+        rows.append(store.make_row(CASES[name], "ours", measured, {"out": 0.0}, facts))
+    for provider, size, seconds in (("ours", 1 << 20, 1e-5), ("sdpa-causal", 1 << 30, 1e-3)):
+        measured = {
+            "seconds": {"forward": seconds, "total": seconds},
+            "l2_cache": "cold",
+            "cache_bytes": size,
+        }
+        case = CASES["gpu-decode-131072"]
+        rows.append(store.make_row(case, provider, measured, {"out": 0.0}, facts))
+    (tmp_path / "h200.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = [line.split(" |")[0] for line in tables.windows(words)[2:10]]
+    assert found == [f"| 32768, {2**n}" for n in range(5, 13)]
+    headline = [line.split(" |")[0] for line in tables.headline(words)[2:4]]
+    assert headline == ["| 32768, 1024", "| 32768, 2048"]
+    cells = ["131,072", "8", "32 / 8, 128", "2048", "cold", "10.0 µs", "1.00 MiB"]
+    assert tables.decoding(words)[2] == (
+        "| " + " | ".join([*cells, "1.00 ms (100 times)", "1.00 GiB"]) + " |"
+    )
+
+
 def test_tables_of_quality(tmp_path, monkeypatch):
     tables = load(ROOT / "scripts" / "tables.py")
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    monkeypatch.setattr(tables, "is_stale", lambda row: False)
+    monkeypatch.setattr(tables.table_parts, "is_stale", lambda row: False)
     words = tables.Words(Path("docs/quality.md"))
     assert tables.quality_recall(words) == tables.quality_text(words) == ["no rows yet"]
 

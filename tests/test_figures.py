@@ -10,7 +10,7 @@ import pytest
 
 from flash_sparse_attn import __main__
 from flash_sparse_attn.bench import figures, roof, store
-from flash_sparse_attn.bench.cases import Case
+from flash_sparse_attn.bench.cases import CASES, Case
 from flash_sparse_attn.bench.chart import Chart
 from flash_sparse_attn.bench.grids import backward_performance, forward_performance
 
@@ -95,6 +95,43 @@ def test_windows_and_contexts_of_the_predecessors_grids_are_drawn():
     backward = [row(case) for case in backward_performance()]
     assert figures.FIGURES["decode"](backward) is None
     assert len(figures.FIGURES["window"](backward).lines["ours"]) == 10
+
+
+def test_the_cases_fill_every_figure():
+    rows = [
+        row(case, provider)
+        for case in CASES.values()
+        if case.device == "cuda"
+        for provider in case.providers
+    ]
+    lines = {name: chart(rows).lines for name, chart in figures.FIGURES.items()}
+    for name in ("length", "memory"):
+        assert [x for x, _ in lines[name]["ours"]] == [2**n for n in range(11, 21)]
+        assert [x for x, _ in lines[name]["sdpa-causal"]] == [2**n for n in range(11, 18)]
+    for name in ("ours", "sdpa-causal"):
+        assert [x for x, _ in lines["window"][name]] == [2**n for n in range(5, 13)]
+        assert [x for x, _ in lines["decode"][name]] == [2**n for n in range(13, 21)]
+    assert set(lines["roofline"]) == {"ours, forward", "ours, backward", "ours, decoding step"}
+
+
+def test_a_warm_cache_is_a_line_of_its_own():
+    warm = [{**r, "case": f"{r['case']}-warm", "l2_cache": "warm"} for r in LENGTHS[:2]]
+    cold = [{**r, "l2_cache": "cold"} for r in LENGTHS]
+    faster = [{**r, "seconds": {"total": 0.1, "forward": 0.1}} for r in warm]
+    chart = figures.FIGURES["length"]([*cold, *faster])
+    assert chart.lines == {"ours": [(4096, 1.0), (8192, 2.0), (16384, 4.0)]}
+
+
+def test_the_roofline_has_decoding_and_the_slope_of_copying():
+    step = replace(BASE, name="step", what="decode", query_length=1)
+    limits = {"ceilings": {"bytes_per_second": 4e12, "flops_per_second": 8e14}}
+    chart = figures.FIGURES["roofline"]([row(step) | limits, row(step, "sdpa-causal") | limits])
+    ((intensity, speed),) = chart.lines["ours, decoding step"]
+    assert intensity == pytest.approx(step.flops() / step.pass_bytes()["forward"])
+    assert speed == pytest.approx(step.flops() / 1e12) and 1 < intensity < 4
+    assert chart.bounds == {"copy": [(intensity, 4 * intensity), (200.0, 800.0)]}
+    assert chart.svg().count('stroke-dasharray="6 4"') == 3
+    ElementTree.fromstring(chart.svg())
 
 
 def test_the_roofline_is_work_over_bytes_of_each_pass():

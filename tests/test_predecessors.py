@@ -126,7 +126,7 @@ def test_without_an_environment_it_says_how_to_make_one(value, found, monkeypatc
     arguments = ["bench", "run", "--case", "cpu-smoke", "--provider", "flash-dmattn"]
     assert __main__.main(arguments) == 1
     printed = capsys.readouterr().out
-    assert "failed: predecessors run in an environment of their own" in printed
+    assert "RuntimeError: predecessors run in an environment of their own" in printed
     assert f"{predecessors.INTERPRETER} has to name its interpreter, but" in printed
     assert found in printed and "python -m venv DIR" in printed
     options = ["--test-type", "predecessors", "--config", "*-256-*", "--device", "cpu"]

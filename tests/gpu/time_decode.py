@@ -10,6 +10,7 @@ result that is wrong is not timed.
 from __future__ import annotations
 
 import argparse
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from flash_sparse_attn import WindowCache
 from flash_sparse_attn.backends.triton.decode_config import DecodeConfig
 from flash_sparse_attn.backends.triton.decode_launch import Keys, attend, step_token
 from flash_sparse_attn.backends.triton.inputs import Call
+from flash_sparse_attn.bench.timing import REPLAYS, rotation_seconds
 from flash_sparse_attn.demo.model import ModelConfig, SmallModel
 from flash_sparse_attn.reference import attention_reference
 
@@ -31,25 +33,10 @@ BANDWIDTH = 4.25e6  # bytes in a microsecond that a copy moves here
 
 def graph_time(calls: Sequence[Callable[[], Any]], replays: int = 15) -> float:
     """Microseconds of one of the calls, of which all are replayed in turn."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(replays + 5):  # the first are slower
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end))
-    return sorted(times[5:])[replays // 2] * 1000 / len(calls)
+    seconds, timing = rotation_seconds(calls, "cuda", replays)
+    if timing != REPLAYS:
+        raise RuntimeError("the calls cannot be captured")
+    return 1e6 * statistics.median(seconds)
 
 
 def randn(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:

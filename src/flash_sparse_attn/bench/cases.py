@@ -20,7 +20,8 @@ class Case:
     Attributes:
         name: Unique name on the command line and in rows.
         what: ``"attention"`` (selection, forward, all gradients), ``"forward"`` (without
-            gradients) or ``"selection"``.
+            gradients), ``"selection"``, or ``"decode"``: one token after the N - 1 that a cache
+            has read, Q = 1.
         batch, heads, kv_heads, length, head_dim, window: B, H, Hkv, N, D, W.
         pattern: How the scores are drawn, one of `GPU_PATTERNS`.
         dtype: dtype of query, key and value; scores are fp32.
@@ -82,12 +83,16 @@ class Case:
             dense: As in `pairs`.
             pairs: The number of visible triples where the mask is not a selection of W keys.
         """
-        each = {"selection": 0, "forward": 4, "attention": 14}[self.what] * self.head_dim
+        each = {"selection": 0, "decode": 4, "forward": 4, "attention": 14}[
+            self.what
+        ] * self.head_dim
         return each * (self.pairs(dense) if dense or pairs is None else pairs)
 
     def min_bytes(self) -> int:
         """Least traffic: in every pass each input is read and each result written once."""
         given = 3 * 4 * self.batch * self.kv_heads * self.length
+        if self.what == "decode":
+            given = 0
         if self.mask != "selection":
             given = mask_elements(self)  # one byte each
         return given + sum(self.pass_bytes().values())
@@ -96,10 +101,12 @@ class Case:
         """The same for each pass alone, ``"forward"`` and ``"backward"``, as far as it has them."""
         if self.what == "selection":
             return {}
-        scores = 4 * self.batch * self.kv_heads * self.length
+        # A step reads the window, not the text.
+        keys = min(self.window, self.length) if self.what == "decode" else self.length
+        scores = 4 * self.batch * self.kv_heads * keys
         item = getattr(torch, self.dtype).itemsize
         query = item * self.batch * self.heads * self.queries * self.head_dim
-        key = item * self.batch * self.kv_heads * self.length * self.head_dim
+        key = item * self.batch * self.kv_heads * keys * self.head_dim
         lse = 4 * self.batch * self.heads * self.queries
         bias = scores
         if self.mask != "selection":
@@ -120,7 +127,8 @@ class Inputs:
     """The tensors of a case.
 
     ``query``, ``grad_out [B, Q, H, D]``; ``key``, ``value [B, N, Hkv, D]``; ``scores``, which the
-    bias is, ``[B, Hkv, N]`` or ``[B, Hkv, Q, N]``; ``mask`` bool and 4-D where it is an input.
+    bias is, ``[B, Hkv, N]`` or ``[B, Hkv, Q, N]``; ``mask`` bool and 4-D where it is an input;
+    ``decodes``: whether the query is that of one more token, after a text that a cache has read.
     """
 
     query: Tensor
@@ -130,6 +138,7 @@ class Inputs:
     grad_out: Tensor
     mask: Tensor | None = None
     is_causal: bool = True
+    decodes: bool = False
 
     @property
     def bias(self) -> Tensor:
@@ -168,7 +177,10 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
             full = (case.batch, case.kv_heads, case.queries, case.length)
             scores = torch.randn(full, generator=generator, device=case.device, dtype=dtype)
     grad_out = draw(case.heads, case.queries)
-    inputs = Inputs(query, key, value, scores, grad_out, mask, case.mask != "prefix")
+    decodes = case.what == "decode"
+    if decodes:  # the new token stays, so that a step has to store it
+        scores[..., -1] = scores.amax(-1)
+    inputs = Inputs(query, key, value, scores, grad_out, mask, case.mask != "prefix", decodes)
     for leaf in inputs.leaves():
         leaf.requires_grad_(case.what == "attention")
     return inputs
@@ -248,15 +260,24 @@ def make_scores(case: Case, generator: torch.Generator) -> Tensor:
 _ALL = ("ours", "sdpa-causal", "sdpa-masked")
 _CPU_16K = Case("cpu-16k-random", "attention", 1, 4, 2, 16384, 64, 256, providers=_ALL)
 
+_DENSE = ("ours", "sdpa-causal")
 _SAME = ("ours", "sdpa-causal", "flex")
 _GPU_A = Case("gpu-a", "attention", 1, 2, 1, 32768, 64, 1024, "random", "bfloat16", "cuda", _SAME)
 _GPU_B = Case("gpu-b", "attention", 1, 32, 8, 32768, 128, 2048, "random", "bfloat16", "cuda", _SAME)
 _GPU = (
     _GPU_A,
     _GPU_B,
-    replace(_GPU_B, name="gpu-c", length=131072, providers=("ours", "sdpa-causal")),
-    replace(_GPU_B, name="gpu-1m", length=1 << 20, providers=("ours",)),
+    replace(_GPU_B, name="gpu-c", length=131072, providers=_DENSE),
+    replace(_GPU_B, name="gpu-65536", length=65536, providers=_DENSE),
+    *(  # dense attention would take seconds and minutes
+        replace(_GPU_B, name=f"gpu-{name}", length=n, providers=("ours",))
+        for name, n in (("262144", 1 << 18), ("524288", 1 << 19), ("1m", 1 << 20))
+    ),
     *(replace(_GPU_B, name=f"gpu-{n}", length=n) for n in (2048, 4096, 8192, 16384)),
+    *(  # with gpu-b, whose window is 2048, from 32 to 4096
+        replace(_GPU_B, name=f"gpu-window-{w}", window=w, providers=_DENSE)
+        for w in (32, 64, 128, 256, 512, 1024, 4096)
+    ),
     *(
         replace(_GPU_B, name=f"gpu-b-{pattern}", pattern=pattern, providers=("ours",))
         for pattern in GPU_PATTERNS[1:]
@@ -286,10 +307,25 @@ _GPU_MASKS = (
     ),
 )
 
+_GPU_DECODE = tuple(
+    replace(
+        _GPU_B,
+        name=f"gpu-decode-{name}",
+        what="decode",
+        batch=8,
+        length=n,
+        query_length=1,
+        providers=_DENSE,
+    )
+    for name, n in (*((str(1 << n), 1 << n) for n in range(13, 20)), ("1m", 1 << 20))
+)
+_CPU_SMOKE = Case("cpu-smoke", "attention", 1, 2, 1, 512, 16, 32, providers=_ALL)
+
 CASES = {
     case.name: case
     for case in (
         *_GPU,
+        *_GPU_DECODE,
         *_GPU_MASKS,
         _CPU_16K,
         *(
@@ -297,7 +333,8 @@ CASES = {
             for pattern in PATTERNS[1:]
         ),
         Case("cpu-select-1m", "selection", 1, 8, 8, 1 << 20, 1, 2048),
-        Case("cpu-smoke", "attention", 1, 2, 1, 512, 16, 32, providers=_ALL),
+        _CPU_SMOKE,
+        replace(_CPU_SMOKE, name="cpu-smoke-step", what="decode", query_length=1, providers=_DENSE),
     )
 }
-"""Every case by name. ``cpu-smoke`` is a check of the frame and belongs to no yardstick."""
+"""Every case by name. ``cpu-smoke*`` are checks of the frame and belong to no yardstick."""

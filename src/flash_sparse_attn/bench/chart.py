@@ -26,6 +26,7 @@ class Chart:
         x_text, y_text: How a number is written at its axis.
         is_connected: Whether points of a name are joined.
         ceilings: Horizontal lines by name.
+        bounds: Other dashed lines by name.
     """
 
     title: str
@@ -37,10 +38,11 @@ class Chart:
     y_text: Callable[[float], str] = field(default="{:g}".format)
     is_connected: bool = True
     ceilings: Mapping[str, float] = field(default_factory=dict)
+    bounds: Mapping[str, Points] = field(default_factory=dict)
 
     def svg(self) -> str:
         """The picture. Numbers are rounded to tenths, so that no last bit of a logarithm shows."""
-        points = [point for line in self.lines.values() for point in line]
+        points = [p for line in (*self.lines.values(), *self.bounds.values()) for p in line]
         across = _Axis([x for x, _ in points], _LEFT, _WIDTH - _RIGHT - _LEGEND, 2)
         heights = [*(y for _, y in points), *self.ceilings.values()]
         up = _Axis(heights, _HEIGHT - _BOTTOM, _TOP, 10)
@@ -67,6 +69,10 @@ class Chart:
             y = up(level)
             parts += [_path([(_LEFT, y), (_WIDTH - _RIGHT - _LEGEND, y)], FAINT, dash="6 4")]
             parts += [_text(_LEFT + 6, y - 6, name, FAINT)]
+        for name, line in self.bounds.items():
+            places = [(across(x), up(y)) for x, y in line]
+            parts += [_path(places, FAINT, dash="6 4")]
+            parts += [_text(places[0][0] + 6, places[0][1] - 6, name, FAINT)]
         for index, (name, line) in enumerate(self.lines.items()):
             colour = COLOURS[index % len(COLOURS)]
             places = [(across(x), up(y)) for x, y in line]

@@ -5,16 +5,18 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from .. import info
 from . import results
 from .cases import CASES, Case
-from .console import Progress, format_bytes, format_seconds, table
-from .measure import busy_note, measure_isolated, verify_isolated
+from .console import Progress, first_lines, format_bytes, format_seconds, table
+from .machine import busy_note
+from .measure import take, verify_isolated
 from .providers import PROVIDERS, WrongResult
 from .roof import ceilings
-from .store import Row, append_rows, make_row, run_facts
+from .store import WHAT, Row, append_rows, make_row, run_facts
 from .yardsticks import verdicts
 
 
@@ -37,10 +39,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     run.add_argument("--out", type=Path, help="append the rows to this file as JSON lines")
     run.add_argument("--repeats", type=int, default=7, help="repetitions at most (default 7)")
+    run.add_argument(
+        "--warm-cache",
+        action="store_true",
+        help="leave a GPU's L2 cache as the run before left it (default: emptied, or caches that "
+        "take turns); rows say so, and their cases end in -warm",
+    )
     run.set_defaults(run=_run)
     results.add_arguments(actions)
 
 
+_BUDGET = {"cpu": 10.0, "cuda": 4.0}
+"""Seconds after which no repetition of a measurement is begun."""
 _KNOWN_WORK = ("selection", "pairs", "sliding")  # min(t + 1, W) keys at position t
 
 
@@ -71,6 +81,15 @@ def _run(arguments: argparse.Namespace) -> int:
         wanted, names = " or ".join(arguments.case), ", ".join(CASES)
         print(f"--case: no case is called {wanted}; there are {names}", file=sys.stderr)
         return 2
+    if arguments.warm_cache:
+        if on_cpu := [case.name for case in cases if case.device == "cpu"]:
+            print(
+                f"--warm-cache: expected cases of a GPU, got {', '.join(on_cpu)}: a processor's "
+                "caches are never emptied; choose others by --case",
+                file=sys.stderr,
+            )
+            return 2
+        cases = [replace(case, name=f"{case.name}-warm") for case in cases]
     jobs = [
         (case, name)
         for case in cases
@@ -85,7 +104,7 @@ def _run(arguments: argparse.Namespace) -> int:
     with Progress("bench", len(jobs)) as bar:
         for case, name in jobs:
             bar.update(f"{case.name} {name}", steps=0)
-            result = _one(case, name, arguments.repeats, facts[case.device])
+            result = _one(case, name, arguments, facts[case.device])
             if isinstance(result, str):
                 remarks.append(result)
             else:
@@ -100,12 +119,12 @@ def _run(arguments: argparse.Namespace) -> int:
 def _choose(patterns: list[str] | None) -> list[Case]:
     if patterns is None:
         device = info.default_device().type
-        cases = [case for case in CASES.values() if case.name != "cpu-smoke"]
+        cases = [case for case in CASES.values() if not case.name.startswith("cpu-smoke")]
         return [case for case in cases if case.device == device] or cases
     return [case for case in CASES.values() if any(fnmatch.fnmatch(case.name, p) for p in patterns)]
 
 
-def _one(case: Case, name: str, repeats: int, facts: Row) -> Row | str:
+def _one(case: Case, name: str, arguments: argparse.Namespace, facts: Row) -> Row | str:
     """The row of one measurement, or why there is none."""
     needed, available = PROVIDERS[name].extra_bytes(case), info.available_bytes()
     if case.device == "cpu" and available is not None and needed > available:
@@ -115,11 +134,12 @@ def _one(case: Case, name: str, repeats: int, facts: Row) -> Row | str:
         )
     try:
         errors = verify_isolated(case, name)
-        measured = measure_isolated(case, name, repeats)
+        options = {"repeats": arguments.repeats, "cold": not arguments.warm_cache}
+        measured = take(case, name, budget_seconds=_BUDGET[case.device], **options)
     except WrongResult as error:
         return f"not timed, wrong result: {error}"
-    except RuntimeError as error:
-        return f"failed: {error}"
+    except Exception as error:  # whatever a provider raises, the others are measured
+        return f"failed: {name} on {case.name}: {first_lines(error)}"
     return make_row(case, name, measured, errors, facts)
 
 
@@ -138,6 +158,8 @@ def report(rows: list[Row], remarks: list[str], facts: dict[str, Row]) -> str:
         "length. Times of GPUs are those of the device; how long the host takes for the same call,",
         "which nothing replays, is beside the total.",
     ]
+    if any(row["what"] == WHAT["decode"] for row in rows):
+        lines.append("A decoding step is in the column forward; its text was read before, untimed.")
     if any("mask_seconds" in row for row in rows):
         lines += [
             "mask: making the bool mask from the scores, for all sides and in no total. What a",

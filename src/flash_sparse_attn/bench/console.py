@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
+import math
 import os
 import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
+
+_Job = TypeVar("_Job")
 
 
 class Progress:
@@ -64,9 +69,48 @@ class Progress:
             print(file=sys.stderr, flush=True)
 
 
+class Deadline:
+    """A time after which nothing new is begun.
+
+    Args:
+        seconds: From now; ``None``: never.
+    """
+
+    def __init__(self, seconds: float | None) -> None:
+        self._seconds = seconds
+        self._end = math.inf if seconds is None else time.monotonic() + seconds
+        self.note = ""
+
+    def until(self, jobs: Sequence[_Job]) -> Iterator[_Job]:
+        """The jobs for which there is time; of the others `note` tells afterwards."""
+        for number, job in enumerate(jobs):
+            if time.monotonic() >= self._end:
+                self.note = (
+                    f"--seconds {self._seconds:g}: no time was left for {len(jobs) - number} of "
+                    f"{len(jobs)}\n"
+                )
+                return
+            yield job
+
+    @staticmethod
+    def add_argument(parser: argparse.ArgumentParser) -> None:
+        """The option that limits the time."""
+        parser.add_argument(
+            "--seconds",
+            type=float,
+            help="begin nothing new after this time, and say what was left out (default: all)",
+        )
+
+
 def paragraph(*sentences: str) -> str:
     """Sentences as indented text of at most 100 columns."""
     return textwrap.fill(" ".join(sentences), 100, initial_indent="  ", subsequent_indent="  ")
+
+
+def first_lines(error: BaseException, count: int = 3) -> str:
+    """The kind of an error and the begin of what it says, in one line."""
+    lines = str(error).strip().splitlines()[:count]
+    return " ".join([f"{type(error).__name__}:", *lines])
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

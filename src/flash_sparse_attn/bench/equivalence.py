@@ -21,7 +21,7 @@ from ..dynamic_mask import dynamic_mask_attn_func
 from ..utils.mask import create_mask
 from . import grids
 from .cases import Case, Inputs, make_inputs
-from .console import Progress, table
+from .console import Deadline, Progress, table
 from .digest import backend_of, kernels_digest
 from .providers import PROVIDERS, distance, references, run
 from .store import Row, append_rows, run_facts
@@ -111,9 +111,11 @@ def main(title: str, backward: bool, arguments: list[str] | None = None) -> int:
         print(f"--config: no configuration is called {' or '.join(options.config)}")
         return 2
     tolerance = (BACKWARD if backward else FORWARD)[dtype]
-    facts, lines, skipped, failed = run_facts(options.device), [], {}, 0
+    facts, lines, skipped = run_facts(options.device), [], {}
+    done = failed = 0
+    deadline = Deadline(options.seconds)
     with Progress("configurations", len(jobs)) as bar:
-        for name, case, causal in jobs:
+        for name, case, causal in deadline.until(jobs):
             if not backward:
                 case = replace(case, what="forward")
             try:
@@ -126,6 +128,7 @@ def main(title: str, backward: bool, arguments: list[str] | None = None) -> int:
             finally:
                 bar.update(f"{case.name} {name}")
             good = all(part.passes(options.accuracy_threshold) for part in found.values())
+            done += 1
             failed += not good
             lines += _lines(case, name, found, options.accuracy_threshold, options.verbose)
             if options.out:
@@ -133,7 +136,7 @@ def main(title: str, backward: bool, arguments: list[str] | None = None) -> int:
     print(table(_HEADER, lines))
     print(f"\ntolerance {tolerance:g}, on {options.accuracy_threshold:.0%} of the elements")
     print("".join(f"not compared: {reason}\n" for reason in skipped.values()), end="")
-    done = len(jobs) - sum(name in skipped for name, _, _ in jobs)
+    print(deadline.note, end="")
     print(f"{done - failed} of {done} comparisons agree")
     return 1 if failed else 0
 
@@ -240,6 +243,7 @@ def _parser(title: str) -> argparse.ArgumentParser:
         help="names of configurations such as 256-d64-causal, * allowed (default all; on a CPU the "
         "short ones)",
     )
+    Deadline.add_argument(parser)
     parser.add_argument("--out", type=Path, help="append the results to this file as JSON lines")
     parser.add_argument("--device", choices=("cuda", "cpu"), default=info.default_device().type)
     parser.add_argument(

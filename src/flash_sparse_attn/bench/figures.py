@@ -9,9 +9,10 @@ from .chart import Chart
 from .console import format_bytes, format_seconds
 from .digest import WHY_STALE, is_stale
 from .providers import PROVIDERS
-from .store import Row
+from .store import WHAT, Row
 
 SIZES = ("length", "window", "batch", "heads", "head_dim")
+_STEP = WHAT["decode"]
 _SHARES = {"forward": 4, "backward": 10}  # of the useful operations; see `Case.flops`
 
 
@@ -49,7 +50,7 @@ def _family(row: Row, size: str) -> list[object]:
     shape["queries"] = "all" if shape["queries"] == shape["length"] else shape["queries"]
     shape.pop(size)
     kind = [row["what"], row["dtype"], row.get("mask", "selection"), row.get("bias", "keys")]
-    return [sorted(shape.items()), kind, _machine(row)]
+    return [sorted(shape.items()), kind, row.get("l2_cache", "cold"), _machine(row)]
 
 
 def length(rows: list[Row]) -> Chart | None:
@@ -80,10 +81,14 @@ def memory(rows: list[Row]) -> Chart | None:
 def roofline(rows: list[Row]) -> Chart | None:
     """Useful operations a second of every pass of ours, against operations for each byte.
 
-    Ceilings are measured ones: the fastest pass of any provider, and what the machine reached in a
-    matrix product and in copying, where the rows say.
+    Decoding steps as well. Bounds are measured ones: the fastest pass of any provider, and what the
+    machine reached in a matrix product and in copying, where the rows say.
     """
-    found = [row for row in latest(rows).values() if _queries(row) > 1 and row["useful_flops"]]
+    found = [
+        row
+        for row in latest(rows).values()
+        if row["useful_flops"] and (_queries(row) > 1 or row["what"] == _STEP)
+    ]
     ours: dict[str, list[tuple[float, float]]] = {}
     fastest, holder = 0.0, ""
     for row in found:
@@ -95,15 +100,23 @@ def roofline(rows: list[Row]) -> Chart | None:
             if speed > fastest:
                 fastest, holder = speed, f"{row['provider']}, {part}"
             if row["provider"] == "ours":
-                ours.setdefault(f"ours, {part}", []).append((work / traffic[part], speed / 1e12))
+                name = f"ours, {_STEP if row['what'] == _STEP else part}"
+                ours.setdefault(name, []).append((work / traffic[part], speed / 1e12))
     if not ours:
         return None
     levels, notes = {f"fastest pass of all: {holder}": fastest / 1e12}, []
+    bounds = {}
     if measured := [row["ceilings"] for row in found if "ceilings" in row]:
         product, copy = (
             max(one[name] for one in measured) for name in ("flops_per_second", "bytes_per_second")
         )
         levels["matrix product"] = product / 1e12
+        least = min(x for points in ours.values() for x, _ in points)
+        if least < product / copy:
+            bounds["copy"] = [
+                (least, least * copy / 1e12),
+                (product / copy, product / 1e12),
+            ]
         notes.append(
             f"A copy reached {copy / 1e12:.3g} TB/s: at more than {product / copy:.3g} operations "
             "for each byte arithmetic is the limit."
@@ -116,6 +129,7 @@ def roofline(rows: list[Row]) -> Chart | None:
         [*_notes(found), *notes],
         is_connected=False,
         ceilings=levels,
+        bounds=bounds,
     )
 
 
@@ -154,13 +168,19 @@ def case_of(row: Row) -> Case:
     sizes = {name: value for name, value in shape.items() if name != "queries"}
     return Case(
         row["case"],
-        "attention" if "backward" in row["seconds"] else "forward",
+        _what(row),
         **sizes,
         dtype=row["dtype"],
         query_length=_queries(row) if _queries(row) != shape["length"] else 0,
         mask=row.get("mask", "selection"),
         bias=row.get("bias", "keys"),
     )
+
+
+def _what(row: Row) -> str:
+    if row["what"] == _STEP:
+        return "decode"
+    return "attention" if "backward" in row["seconds"] else "forward"
 
 
 def _lines(title: str, rows: list[Row], size: str, value: Callable[[Row], float]) -> Chart | None:

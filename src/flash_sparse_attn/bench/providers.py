@@ -16,7 +16,8 @@ from .. import dispatch
 from ..attention import flash_sparse_attn_func
 from ..reference import attention_reference, causal_mask
 from ..selection import KeySelection, prepare_selection, select_keys
-from . import predecessors
+from ..window_cache import WindowCache
+from . import decoding, predecessors
 from .cases import GRADIENTS, Case, Inputs, make_inputs
 
 
@@ -30,7 +31,8 @@ class Provider:
 
     Attributes:
         what: One line for people.
-        select: From inputs and window to whatever `attend` takes as its mask.
+        select: From inputs and window to whatever `attend` takes as its mask; to decode, the cache
+            that holds the text, before the new token or with it.
         attend: From inputs and mask to ``out [B, N, H, D]``.
         dense: True if it attends every causal key and has no bias: a different function, measured
             as the usual alternative.
@@ -57,17 +59,19 @@ class Provider:
 def _ours(backend: str | None) -> Provider:
     name = "the best backend" if backend is None else f"the {backend} backend"
 
-    def select(inputs: Inputs, window: int) -> Tensor | KeySelection:
+    def select(inputs: Inputs, window: int) -> Tensor | KeySelection | WindowCache:
+        if inputs.decodes:
+            return decoding.window_cache(inputs, window)
         if inputs.mask is not None:
             return inputs.mask
         selection = select_keys(inputs.scores, window)
         query_len, trains = inputs.query.shape[1], inputs.query.requires_grad
         return prepare_selection(selection, query_len, for_backward=trains)
 
-    return Provider(
-        f"select_keys and flash_sparse_attn_func, {name}",
-        select,
-        lambda inputs, mask: flash_sparse_attn_func(
+    def attend(inputs: Inputs, mask: Tensor | KeySelection | WindowCache) -> Tensor:
+        if isinstance(mask, WindowCache):
+            return decoding.step(inputs, mask, backend)
+        return flash_sparse_attn_func(
             inputs.query,
             inputs.key,
             inputs.value,
@@ -75,7 +79,12 @@ def _ours(backend: str | None) -> Provider:
             inputs.bias,
             is_causal=inputs.is_causal,
             backend=backend,
-        ),
+        )
+
+    return Provider(
+        f"select_keys and flash_sparse_attn_func, WindowCache to decode; {name}",
+        select,
+        attend,
         building="selection: keys and plan; of a bool mask, forward: the plan",
     )
 
@@ -135,7 +144,9 @@ def _attend_additive(inputs: Inputs, bias: Tensor) -> Tensor:
     return out.transpose(1, 2)
 
 
-def _attend_causal(inputs: Inputs, _: None) -> Tensor:
+def _attend_causal(inputs: Inputs, cache: decoding.FullCache | None) -> Tensor:
+    if cache is not None:
+        return decoding.attend_all(inputs, cache)
     grouped = inputs.query.shape[2] != inputs.key.shape[2]
     query, key, value = (x.transpose(1, 2) for x in (inputs.query, inputs.key, inputs.value))
     # On GPUs the fastest of PyTorch's kernels; elsewhere the list has no effect.
@@ -233,7 +244,7 @@ PROVIDERS = {
     ),
     "sdpa-causal": Provider(
         "SDPA, is_causal=True, all keys, no bias: what one uses without a mask",
-        lambda inputs, window: None,
+        lambda inputs, window: decoding.full_cache(inputs) if inputs.decodes else None,
         _attend_causal,
         dense=True,
     ),

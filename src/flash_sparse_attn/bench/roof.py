@@ -22,9 +22,10 @@ def ceilings(device: str) -> dict[str, float]:
         device: ``"cpu"`` or ``"cuda"``.
     """
     count, width = _SIZES[device]
-    source = torch.zeros(count, dtype=torch.uint8, device=device)
+    source = torch.empty(count, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
-    left = torch.ones(width, width, dtype=_DTYPES[device], device=device)
+    # Equal numbers would cost less power, and the clock would be higher than it ever is in use.
+    left = torch.randn(width, width, dtype=_DTYPES[device], device=device)
     copied = _best_seconds(lambda: target.copy_(source), device)
     multiplied = _best_seconds(lambda: left @ left, device)
     return {"bytes_per_second": 2 * count / copied, "flops_per_second": 2 * width**3 / multiplied}

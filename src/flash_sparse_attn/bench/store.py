@@ -17,11 +17,13 @@ from .digest import backend_of, kernels_digest
 from .providers import PROVIDERS
 
 Row = dict[str, Any]
-_WHAT = {
+WHAT = {
     "selection": "selection",
+    "decode": "decoding step",
     "forward": "selection + forward",
     "attention": "selection + forward + backward",
 }
+"""What rows say that was measured, by `Case.what`."""
 
 
 def make_row(
@@ -32,19 +34,21 @@ def make_row(
     Args:
         case: What was computed.
         provider: Who computed it.
-        measured: What `measure.measure_isolated` returned.
+        measured: What `measure.take` returned.
         errors: What `providers.verify` returned.
         facts: What `run_facts` returned for this run.
     """
-    dense = PROVIDERS[provider].dense
+    dense, building = PROVIDERS[provider].dense, PROVIDERS[provider].building
+    if case.what == "decode":
+        building = "nothing: the cache has read the text before"
     seconds = measured["seconds"]["total"]
     sizes = ("batch", "heads", "kv_heads", "queries", "length", "head_dim", "window")
     flops = case.flops(dense, measured.get("visible_pairs"))
     return {
         "case": case.name,
         "provider": provider,
-        "what": _WHAT[case.what],
-        "building": PROVIDERS[provider].building,
+        "what": WHAT[case.what],
+        "building": building,
         "shape": {size: getattr(case, size) for size in sizes},
         "pattern": case.pattern,
         "mask": case.mask,

@@ -9,7 +9,8 @@ import torch
 
 from ..bench.cases import Case
 from ..bench.console import Progress, format_bytes, format_seconds, paragraph, table
-from ..bench.measure import busy_note, measure_isolated
+from ..bench.machine import busy_note
+from ..bench.measure import measure_isolated
 from ..bench.providers import verify
 
 COLUMNS = {
