@@ -197,8 +197,8 @@ _TABLE = {
 # The same where tiles read a mask, or a bias that depends on the query, themselves: more registers
 # for a row; with the tiles above dK/dV has 762 accesses to spilled registers in its loop. With the
 # mask of the best 1024 of 32768 keys and a bias of pairs: forward 0.429, 64 rows and 64 slots
-# 0.483, 32 slots 0.469, 16 rows and 64 slots 0.568, 2 warps 0.478; all of backward 2.76, 64 rows for
-# dK/dV 2.87, 16 rows for dQ 3.00. Few tiles, mask and bias of pairs, 256, 1024, and 2048 keys:
+# 0.483, 32 slots 0.469, 16 rows and 64 slots 0.568, 2 warps 0.478; all of backward 2.76, 64 rows
+# for dK/dV 2.87, 16 rows for dQ 3.00. Few tiles, mask and bias of pairs, 256, 1024, 2048 keys:
 # 0.008, 0.019, 0.036; 16 rows and 64 keys 0.008, 0.020, 0.040; 32 rows and 128 keys 0.011, 0.027,
 # 0.048; 64 rows 0.012, 0.031, 0.056.
 _PAIRS = {
