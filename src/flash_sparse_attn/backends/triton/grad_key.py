@@ -27,8 +27,17 @@ from .config import (
     padded_head_dim,
     partial_rows,
 )
-from .grad_query import Saved, num_query_tiles
-from .inputs import Call, has_rows, is_aligned, mask_strides, plan_flags, query_tiles, words_of_tile
+from .grad_query import num_query_tiles
+from .inputs import (
+    Call,
+    Saved,
+    has_rows,
+    is_aligned,
+    mask_strides,
+    plan_flags,
+    query_tiles,
+    words_of_tile,
+)
 from .launch import launch
 from .reduce import reduce_kernel
 from .slots import slots_of
