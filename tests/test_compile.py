@@ -79,7 +79,7 @@ def signature(kernel: Any, constants: dict[str, Any]) -> tuple[dict, dict, dict]
         absent += copied
     else:
         absent += ["ptr_bits", "ptr_lists", "ptr_key", "ptr_counts", *copied]
-    half = ("ptr_q", "ptr_k", "ptr_v", "ptr_out", "ptr_grad", "ptr_grad_q", "tiles_", "slots_")
+    half = ("ptr_q", "ptr_k", "ptr_v", "ptr_out", "ptr_out_rest", "ptr_grad", "ptr_grad_q")
     single = (
         "ptr_lse",
         "ptr_peak",
@@ -306,7 +306,8 @@ def test_forward_by_roles(group: int, has_bias: bool) -> None:
         "slots_start": f"i32{line},{gl.NVMMASharedLayout(0, 32, 2)!r}",
         "slots_expiry": f"i32{line},{gl.NVMMASharedLayout(0, 32, 2)!r}",
     }
-    pointers = {"ptr_out": "*bf16", **dict.fromkeys(("ptr_lse", "ptr_peak", "ptr_share"), "*fp32")}
+    pointers = {"ptr_out": "*bf16", "ptr_out_rest": "*bf16"}
+    pointers |= dict.fromkeys(("ptr_lse", "ptr_peak", "ptr_share"), "*fp32")
     types, values, attributes = {}, {}, {}
     for index, param in enumerate(gluon_forward_kernel.params):
         name = param.name

@@ -146,10 +146,9 @@ class Inputs:
         call = Call(case.dim**-0.5, case.softcap, bias)
         plan = self.plan()
         tensors = (self.query, self.key, self.value)
-        out, lse, norm = forward(plan, *tensors, call, with_norm=True, config=tiles.forward)
-        assert norm is not None
+        out, lse, *kept = forward(plan, *tensors, call, with_norm=True, config=tiles.forward)
         needs = Needs(bias=bias is not None)
-        grads = backward(plan, *tensors, out, norm, self.grad, call, needs, tiles=tiles)
+        grads = backward(plan, *tensors, out, *kept, self.grad, call, needs, tiles=tiles)
         return [out, lse, *(grad for grad in grads if grad is not None)]
 
     def truth(self) -> list[Tensor]:
@@ -331,8 +330,8 @@ def test_passes_allocate_and_launch_and_nothing_else() -> None:
     call = Call(0.25, 0.0, Bias.of(scores[:, :, None], 4, 2))
     # As in an operator: below autograd, where even a cast to the same dtype is an operator.
     with _Operators() as ran, torch._C._AutoDispatchBelowAutograd():
-        out, _, norm = forward(plan, query, key, value, call, with_norm=True)
-        backward(plan, query, key, value, out, norm, out, call, Needs(bias=True))
+        out, _, *kept = forward(plan, query, key, value, call, with_norm=True)
+        backward(plan, query, key, value, out, *kept, out, call, Needs(bias=True))
     interpreter = {"copy_", "set_"}
     assert ran.names - interpreter <= launching._ALLOCATIONS | launching._VIEWS
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flash_sparse_attn.backends.triton import ops
+from flash_sparse_attn.backends.triton import config, ops
+from flash_sparse_attn.backends.triton.config import keeps_rest
 from flash_sparse_attn.plan import Plan
 from flash_sparse_attn.problem import Problem
 from flash_sparse_attn.reference import attention_reference
@@ -21,22 +22,26 @@ MASK = torch.rand(1, 1, 6, 9, generator=torch.Generator().manual_seed(0)) < 0.7
 def run_forward(query, key, value, bias, plan, scale, softcap, *, with_norm):
     options = {"softmax_scale": scale, "softcap": softcap, "is_causal": not plan.clamps_positions}
     out, lse, _ = attention_reference(query, key, value, plan.mask, bias, **options)
-    return out, lse, torch.stack([lse, lse]) if with_norm else None
+    out, lse = out.contiguous(), lse.float()
+    if not with_norm:
+        return out, lse, None, None
+    return out, lse, torch.stack([lse, lse]), 1e-9 * out if keeps_rest(out) else None
 
 
-def run_backward(grad_out, query, key, value, bias, out, norm, plan, scale, softcap, needs):
+def run_backward(grad_out, query, key, value, bias, out, norm, rest, plan, scale, softcap, needs):
     leaves = [None if t is None else t.detach().requires_grad_() for t in (query, key, value, bias)]
     wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
 
     def differentiate():
         with torch.enable_grad():
-            again, lse, _ = run_forward(*leaves, plan, scale, softcap, with_norm=False)
+            again, lse, *_ = run_forward(*leaves, plan, scale, softcap, with_norm=False)
             return again, lse, iter(torch.autograd.grad(again, wanted, grad_out))
 
     # Below an operator there is no autograd, except in another thread.
     with ThreadPoolExecutor(1) as thread:
         again, lse, grads = thread.submit(differentiate).result()
     assert torch.equal(again, out) and torch.equal(norm[0], lse)
+    assert torch.equal(rest, 1e-9 * out) if keeps_rest(out) else rest is None
     return [next(grads) if need else None for need in needs]
 
 
@@ -86,6 +91,14 @@ class Seen(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.fixture(params=["small", "large"])
+def _of_any_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs of which what rounding took is kept, and of which it is not."""
+    if request.param == "large":
+        monkeypatch.setattr(config, "REST_ELEMENTS", 0)
+
+
+@pytest.mark.usefixtures("_of_any_size")
 @pytest.mark.parametrize("needs", [(True,) * 4, (False, False, False, True), (True, False) * 2])
 @pytest.mark.parametrize("is_watched", (False, True))
 def test_gradients(needs: tuple[bool, ...], is_watched: bool) -> None:
@@ -108,6 +121,18 @@ def test_gradients(needs: tuple[bool, ...], is_watched: bool) -> None:
         assert torch.equal(got, expected)
 
 
+@pytest.mark.usefixtures("_of_any_size")
+def test_operator_as_its_schema_and_fake_say() -> None:
+    query, key, value, bias = (tensor.detach() for tensor in inputs())
+    plan = Plan.of([*[None] * 11, MASK.clone()], [16, 128, 6, 9], False)
+    call = (plan.tensors(), 0.5, 0.0, False, list(plan.sizes))
+    checks = ("test_schema", "test_faketensor")
+    forward = torch.ops.flash_sparse_attn.forward
+    torch.library.opcheck(forward, (query, key, value, bias, *call), test_utils=checks)
+    _, _, _, rest = forward(query, key, value, bias, *call)
+    assert rest.shape == (query.shape if keeps_rest(query) else (0,))
+
+
 def test_only_the_inputs_of_a_checkpointed_call_are_kept() -> None:
     tensors = inputs()
     kept: list[Tensor] = []
@@ -125,9 +150,10 @@ def test_hooks_see_all_that_is_kept() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         attend(*inputs())
     assert any(torch.equal(tensor, MASK) for tensor in kept if tensor.dtype == torch.bool)
-    assert len(kept) == 7  # query, key, value, bias, out, norm, mask
+    assert len(kept) == 8  # query, key, value, bias, out, norm, what rounding took, mask
 
 
+@pytest.mark.usefixtures("_of_any_size")
 def test_second_derivatives_are_refused() -> None:
     tensors = inputs()
     (grad,) = torch.autograd.grad(attend(*tensors).sum(), tensors[0], create_graph=True)

@@ -1,4 +1,4 @@
-"""Recorded launches of selections and plans, interpreted: repeated, they equal fresh ones."""
+"""Recorded launches, interpreted: repeated, they equal fresh ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if is_interpreted():
     from triton.runtime.interpreter import InterpretedFunction
 
 from flash_sparse_attn.backends import eager_select
-from flash_sparse_attn.backends.triton import collect, plan_mask
+from flash_sparse_attn.backends.triton import calls, collect, config, plan_mask
 from flash_sparse_attn.backends.triton import launch as launching
 from flash_sparse_attn.backends.triton import plan as planning
 from flash_sparse_attn.backends.triton.masks import MaskLayout
@@ -203,6 +203,32 @@ def test_plans_of_packed_sequences(is_shared: bool, repeats: Repeats) -> None:
     want = plan_mask.plan_packed(packed, 80, 80, for_backward=True)
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
     assert not torch.equal(got[1], results[0][1][1])
+
+
+@pytest.mark.parametrize("keeps_rest", (False, True))
+def test_attention(keeps_rest: bool, repeats: Repeats, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward of other tensors, with what rounding took from the output or without."""
+    monkeypatch.setattr(config, "REST_ELEMENTS", 1 << 20 if keeps_rest else 0)
+    plan = Plan.of([], MaskLayout.of(None, 40, 40, 4, 2, 1, "keys", 32).sizes, False)
+
+    def run(tensors: list[Tensor]) -> list[Tensor]:
+        *inputs, grad = tensors
+        with torch._C._AutoDispatchBelowAutograd():
+            call = (*inputs, plan, 0.25, 0.0)
+            out, lse, norm, rest = calls.run_forward(*call, with_norm=True)
+            assert (rest is not None) == keeps_rest
+            kept = (out, norm, rest, plan, 0.25, 0.0, [True] * 4)
+            return [out, lse, *calls.run_backward(grad, *inputs, *kept)]
+
+    shapes = ((1, 40, 4, 16), (1, 40, 2, 16), (1, 40, 2, 16), (1, 2, 1, 40), (1, 40, 4, 16))
+    dtypes = (*[torch.float16] * 3, torch.float32, torch.float16)
+    draws = [[torch.randn(s).to(d) for s, d in zip(shapes, dtypes, strict=True)] for _ in range(2)]
+    results = [run(tensors) for tensors in draws]
+    assert None not in launching._recordings.values() and len(launching._recordings) == 2
+    assert repeats.repeated == repeats.launched > 0
+    launching._recordings.clear()
+    assert all(torch.equal(*pair) for pair in zip(results[1], run(draws[1]), strict=True))
+    assert not torch.equal(results[0][0], results[1][0])
 
 
 run_interpreted(globals())

@@ -117,14 +117,14 @@ class Pass:
     def forward(self, plan: Any) -> Any:
         return forward(plan, self.query, self.key, self.value, self.call, with_norm=True)
 
-    def backward(self, plan: Any, out: Any, norm: Any) -> Any:
+    def backward(self, plan: Any, out: Any, *kept: Any) -> Any:
         return backward(
             plan,
             self.query,
             self.key,
             self.value,
             out,
-            norm,
+            *kept,
             self.grad,
             self.call,
             Needs(bias=True),
@@ -133,13 +133,13 @@ class Pass:
     def step(self) -> None:
         """Everything, selection and plan included."""
         plan = self.plan(self.select())
-        out, _, norm = self.forward(plan)
-        self.backward(plan, out, norm)
+        out, _, *kept = self.forward(plan)
+        self.backward(plan, out, *kept)
 
     def check(self, plan: Any) -> float:
         """Largest relative error (Frobenius) of a few queries' outputs against fp64."""
         shape = self.shape
-        out, _, _ = self.forward(plan)
+        out, *_ = self.forward(plan)
         group = shape.heads // shape.kv_heads
         rows = torch.linspace(0, shape.length - 1, 24, device="cuda").long()
         selection = self.select()
@@ -194,12 +194,12 @@ def stage_times(inputs: Pass, calls: int) -> tuple[dict[str, float], float]:
     selection = inputs.select()
     plan = inputs.plan(selection)
     error = inputs.check(plan)
-    out, _, norm = inputs.forward(plan)
+    out, _, *kept = inputs.forward(plan)
     return {
         "select": device_time(inputs.select, calls),
         "plan": device_time(lambda: inputs.plan(selection), calls),
         "forward": device_time(lambda: inputs.forward(plan), calls),
-        "backward": device_time(lambda: inputs.backward(plan, out, norm), calls),
+        "backward": device_time(lambda: inputs.backward(plan, out, *kept), calls),
     }, error
 
 

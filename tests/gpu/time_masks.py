@@ -77,15 +77,15 @@ class Pass:
     def forward(self, plan: Plan) -> Any:
         return forward(plan, self.query, self.key, self.value, self.call, with_norm=True)
 
-    def backward(self, plan: Plan, out: Tensor, norm: Tensor) -> Any:
+    def backward(self, plan: Plan, out: Tensor, *kept: Any) -> Any:
         return backward(
-            plan, self.query, self.key, self.value, out, norm, self.grad, self.call,
+            plan, self.query, self.key, self.value, out, *kept, self.grad, self.call,
             Needs(bias=self.bias is not None),
         )  # fmt: skip
 
     def check(self, plan: Plan) -> float:
         """Relative error of some queries' outputs against fp64."""
-        out, _, _ = self.forward(plan)
+        out, *_ = self.forward(plan)
         length, heads = self.query.shape[1:3]
         rows = torch.linspace(0, length - 1, 48, device="cuda").long()
         position = torch.arange(length, device="cuda")
@@ -117,12 +117,12 @@ class Pass:
         """Plan, forward, backward, and plan with forward."""
         plan = self.plan()
         self.check(plan)
-        out, _, norm = self.forward(plan)
+        out, _, *kept = self.forward(plan)
         planning = 0.0 if self.layout.kind == "keys" else device_time(self.plan, 4, 5)
         return (
             planning,
             device_time(lambda: self.forward(plan), 4, 5),
-            device_time(lambda: self.backward(plan, out, norm), 4, 5),
+            device_time(lambda: self.backward(plan, out, *kept), 4, 5),
             device_time(lambda: self.forward(self.plan()), 4, 5),
         )
 
@@ -141,11 +141,11 @@ class Pass:
     def profile(self) -> None:
         """Print where the time goes."""
         plan = self.plan()
-        out, _, norm = self.forward(plan)
+        out, _, *kept = self.forward(plan)
         stages: dict[str, Callable[[], Any]] = {
             "plan": self.plan,
             "forward": lambda: self.forward(plan),
-            "backward": lambda: self.backward(plan, out, norm),
+            "backward": lambda: self.backward(plan, out, *kept),
         }
         for stage, function in stages.items():
             for name, count, time in kernel_times(function):

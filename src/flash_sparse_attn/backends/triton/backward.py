@@ -25,9 +25,10 @@ from .config import (
 )
 from .grad_key import grad_key_kernel
 from .grad_pair import run_grad_pair
-from .grad_query import Saved, num_query_tiles, run_grad_query
+from .grad_query import num_query_tiles, run_grad_query
 from .inputs import (
     Call,
+    Saved,
     has_rows,
     is_aligned,
     mask_strides,
@@ -58,6 +59,7 @@ def backward(
     value: Tensor,
     out: Tensor,
     norm: Tensor,
+    out_rest: Tensor | None,
     grad_out: Tensor,
     call: Call,
     needs: Needs,
@@ -70,7 +72,7 @@ def backward(
         plan: As in `forward`, made for backward.
         query, key, value: As in `forward`.
         out: ``[B, Q, H, D]``, contiguous, from `forward`.
-        norm: From `forward`.
+        norm, out_rest: From `forward`.
         grad_out: ``[B, Q, H, D]``, any strides.
         call: As in `forward`.
         needs: Which gradients.
@@ -84,7 +86,7 @@ def backward(
         reads_pairs = bool(pair_tensors(plan, call))
         tiles = tiles_for(architecture_of(query.device), query.shape[-1], reads_pairs)
     delta = torch.empty(norm.shape[1:], dtype=torch.float32, device=norm.device)
-    saved = Saved(query, key, value, out, grad_out, norm, delta)
+    saved = Saved(query, key, value, out, out_rest, grad_out, norm, delta)
     bias = call.bias if needs.bias else None
     grad_query = _fresh(needs.query, query)
     grad_bias: Tensor | None = None

@@ -31,9 +31,9 @@ def run_forward(
     *,
     with_norm: bool,
 ) -> Sequence[Tensor]:
-    """``out [B, Q, H, D]``, ``lse [B, H, Q]``, and what `run_backward` needs or ``None``."""
+    """``out [B, Q, H, D]``, ``lse [B, H, Q]``, and ``norm`` and ``out_rest`` of `forward`."""
 
-    def run() -> tuple[Tensor, Tensor, Tensor | None]:
+    def run() -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         call = _call(query, key, bias, softmax_scale, softcap)
         return forward(plan, query, key, value, call, with_norm=with_norm)
 
@@ -49,6 +49,7 @@ def run_backward(
     bias: Tensor | None,
     out: Tensor,
     norm: Tensor,
+    out_rest: Tensor | None,
     plan: Plan,
     softmax_scale: float,
     softcap: float,
@@ -58,8 +59,8 @@ def run_backward(
 
     def run() -> tuple[Tensor | None, ...]:
         call = _call(query, key, bias, softmax_scale, softcap)
-        return backward(plan, query, key, value, out, norm, grad_out, call, Needs(*needs))
+        return backward(plan, query, key, value, out, norm, out_rest, grad_out, call, Needs(*needs))
 
     facts = ("backward", softmax_scale, softcap, *needs, *plan.facts)
-    tensors = (query, key, value, bias, out, norm, grad_out)
+    tensors = (query, key, value, bias, out, norm, out_rest, grad_out)
     return repeat_call(facts, tensors, run, plan.addresses)

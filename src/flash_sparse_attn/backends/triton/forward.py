@@ -17,7 +17,14 @@ from torch import Tensor
 
 from ...plan import Plan
 from .block_lists import tile_lists
-from .config import TileConfig, architecture_of, padded_head_dim, role_config, tiles_for
+from .config import (
+    TileConfig,
+    architecture_of,
+    keeps_rest,
+    padded_head_dim,
+    role_config,
+    tiles_for,
+)
 from .inputs import (
     Call,
     has_rows,
@@ -25,6 +32,7 @@ from .inputs import (
     mask_strides,
     pair_tensors,
     plan_flags,
+    rest_arguments,
     words_of_tile,
 )
 from .launch import launch
@@ -237,10 +245,10 @@ def _walk(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def forward_kernel(
-    ptr_q, slots_k, slots_v, ptr_out, ptr_lse, ptr_peak, ptr_share, ptr_key, ptr_start, ptr_expiry,
-    ptr_visible, ptr_entered, ptr_epochs, ptr_bits, ptr_lists, ptr_mask, ptr_slot_bias, ptr_bias,
-    scale, softcap, query_len, key_len, epoch_len, num_epochs, num_lists, num_tiles, old_slots,
-    num_slots, row_0, plan_b, plan_h,
+    ptr_q, slots_k, slots_v, ptr_out, ptr_out_rest, has_rest, ptr_lse, ptr_peak, ptr_share, ptr_key,
+    ptr_start, ptr_expiry, ptr_visible, ptr_entered, ptr_epochs, ptr_bits, ptr_lists, ptr_mask,
+    ptr_slot_bias, ptr_bias, scale, softcap, query_len, key_len, epoch_len, num_epochs, num_lists,
+    num_tiles, old_slots, num_slots, row_0, plan_b, plan_h,
     sqb: tl.int64,
     sqn: tl.int64,
     sqh: tl.int64,
@@ -283,7 +291,10 @@ def forward_kernel(
     ALIGNED_KV: tl.constexpr,
     TMA: tl.constexpr,
 ):  # fmt: skip
-    """Output, natural log-sum-exp, and for backward each row's peak and 1 / total."""
+    """Output, natural log-sum-exp, and for backward each row's peak and 1 / total.
+
+    If `has_rest`, for backward also what rounding took from the output.
+    """
     i_local, rest = row_and_rest(num_epochs * num_tiles)
     i_tile = num_epochs * num_tiles - 1 - rest
     i_epoch, i_tile = i_tile // num_tiles, i_tile % num_tiles
@@ -379,8 +390,14 @@ def forward_kernel(
     lse = (peak + tl.log2(tl.where(is_empty, 1.0, total))) / 1.4426950408889634
     share = 1.0 / tl.where(is_empty, 1.0, total)
     HEADS: tl.constexpr = HEADS_KV * GROUP
-    index = (i_batch * query_len + first + i_query) * HEADS + offs_head
-    store_rows(ptr_out, index * D, mask_row, acc, D, BLOCK_D)
+    offs_out = ((i_batch * query_len + first + i_query) * HEADS + offs_head) * D
+    ptr, block = ptr_out, acc.to(ptr_out.dtype.element_ty)
+    lost = (acc - block.to(tl.float32)).to(block.dtype)
+    # Once or twice through the same code. A second store after the first one would keep `acc` in
+    # registers meanwhile, more than there are.
+    for _ in range(1 + has_rest):
+        store_rows(ptr, offs_out, mask_row, block, D, BLOCK_D)
+        ptr, block = ptr_out_rest, lost
     index = (i_batch * HEADS + offs_head) * query_len + first + i_query
     tl.store(ptr_lse + index, tl.where(is_empty, float("-inf"), lse), mask=mask_row)
     if HAS_NORM:
@@ -400,7 +417,7 @@ def forward(
     *,
     with_norm: bool = False,
     config: TileConfig | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Attention over the slots of a plan.
 
     Args:
@@ -409,13 +426,14 @@ def forward(
         key: ``[B, K, Hkv, D]``.
         value: ``[B, K, Hkv, D]``.
         call: Scale, softcap and bias.
-        with_norm: Also return what `backward` needs of the normalization.
+        with_norm: Also return what `backward` needs: `norm` and `out_rest`.
         config: Tile sizes of this kernel; default from the table, or the kernel of
             `gluon_forward.py` where that serves the call.
 
     Returns:
-        ``out [B, Q, H, D]``, ``lse`` fp32 ``[B, H, Q]``, and ``norm`` or ``None``: fp32
-        ``[2, B, H, Q]``, for `backward` alone.
+        ``out [B, Q, H, D]``, ``lse`` fp32 ``[B, H, Q]``, and for `backward` alone ``norm``, fp32
+        ``[2, B, H, Q]``, and ``out_rest``, what rounding took from ``out``, in its shape and dtype.
+        ``None`` for those not asked for; ``out_rest`` is of small outputs only.
     """
     batch, query_len, num_heads, head_dim = query.shape
     heads_kv = key.shape[2]
@@ -431,8 +449,9 @@ def forward(
             return served
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = torch.empty(batch, num_heads, query_len, dtype=torch.float32, device=query.device)
-    norm = peak = share = None
+    norm = peak = share = out_rest = None
     if with_norm:
+        out_rest = torch.empty_like(out) if keeps_rest(out) else None
         norm = torch.empty(2, *lse.shape, dtype=torch.float32, device=query.device)
         peak, share = norm[0], norm[1]
     if config is None:
@@ -445,18 +464,18 @@ def forward(
     for now in slot_chunks(plan, range(batch * heads_kv), query, key):
         slots = slots_of(plan, key, value, call.bias, now)
         launch(forward_kernel, len(now) * plan.num_epochs * num_tiles)(
-            query, *slots.sources(config.block_n, uses_tma), out, lse, peak, share, plan.slot_key,
-            plan.slot_start, plan.slot_expiry, plan.visible, plan.entered, plan.epochs,
-            plan.slot_bits, lists, plan.mask, slots.bias, call.bias_tensor, *call.factors,
-            query_len, plan.key_len, plan.epoch_len, plan.num_epochs, plan.num_lists, num_tiles,
-            plan.old_slots, plan.num_slots, now.start, *plan.row_strides(heads_kv),
-            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *call.bias_strides,
-            *mask_strides(plan, heads_kv, group), HEADS_KV=heads_kv, GROUP=group, D=head_dim,
-            SLOT_D=slot_dim(head_dim), BLOCK_D=padded_head_dim(head_dim), BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n, STAGES=config.num_stages, **plan_flags(plan),
-            ROWS=has_rows(plan, call),
+            query, *slots.sources(config.block_n, uses_tma), out, *rest_arguments(out, out_rest),
+            lse, peak, share, plan.slot_key, plan.slot_start, plan.slot_expiry, plan.visible,
+            plan.entered, plan.epochs, plan.slot_bits, lists, plan.mask, slots.bias,
+            call.bias_tensor, *call.factors, query_len, plan.key_len, plan.epoch_len,
+            plan.num_epochs, plan.num_lists, num_tiles, plan.old_slots, plan.num_slots, now.start,
+            *plan.row_strides(heads_kv), *query.stride()[:3], *key.stride()[:3],
+            *value.stride()[:3], *call.bias_strides, *mask_strides(plan, heads_kv, group),
+            HEADS_KV=heads_kv, GROUP=group, D=head_dim, SLOT_D=slot_dim(head_dim),
+            BLOCK_D=padded_head_dim(head_dim), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+            STAGES=config.num_stages, **plan_flags(plan), ROWS=has_rows(plan, call),
             WORDS=words_of_tile(config.block_m, group), **call.flags, HAS_NORM=with_norm,
             PACKED=plan.epochs is not None, ALIGNED=is_aligned(query),
             ALIGNED_KV=is_aligned(key, value), TMA=uses_tma, **config.options,
         )  # fmt: skip
-    return out, lse, norm
+    return out, lse, norm, out_rest

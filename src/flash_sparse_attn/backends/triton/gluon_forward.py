@@ -31,8 +31,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ...plan import Plan
-from .config import RoleConfig, slot_rows
-from .inputs import Call, query_tiles
+from .config import RoleConfig, keeps_rest, slot_rows
+from .inputs import Call, query_tiles, rest_arguments
 from .launch import launch
 from .slots import copy_slots
 from .tiles import LOWEST, NUMBERS, epoch_bounds, tile_blocks
@@ -229,8 +229,9 @@ def _step(
 @gluon.jit
 def _consume(
     buf_q, buf_k, buf_v, buf_bias, buf_start, buf_expiry, q_full, q_empty, k_full, v_full, empty,
-    turns, ptr_out, ptr_lse, ptr_peak, ptr_share, ptr_epochs, ptr_visible, ptr_entered, scale,
-    num_items, num_rows, row_0, num_epochs, num_tiles, query_len, key_len, epoch_len,
+    turns, ptr_out, ptr_out_rest, has_rest, ptr_lse, ptr_peak, ptr_share, ptr_epochs, ptr_visible,
+    ptr_entered, scale, num_items, num_rows, row_0, num_epochs, num_tiles, query_len, key_len,
+    epoch_len,
     HEADS_KV: gl.constexpr,
     GROUP: gl.constexpr,
     BLOCK_M: gl.constexpr,
@@ -328,9 +329,10 @@ def _consume(
         i_batch, i_head = i_row // HEADS_KV, i_row % HEADS_KV * GROUP
         line = i_tile * BLOCK_M + offs_lines  # [64]
         index = (i_batch * query_len + first + line // GROUP) * HEADS + i_head + line % GROUP
-        out = gl.convert_layout(acc.to(buf_v.dtype), LINES)
-        is_row = (line < num * GROUP)[:, None]
-        gl.store(ptr_out + (index * D)[:, None] + offs_d[None, :], out, mask=is_row)
+        offs_out = (index * D)[:, None] + offs_d[None, :]
+        out = acc.to(buf_v.dtype)
+        is_line = (line < num * GROUP)[:, None]
+        gl.store(ptr_out + offs_out, gl.convert_layout(out, LINES), mask=is_line)
         is_row = row < num * GROUP
         index = (i_batch * HEADS + i_head + row % GROUP) * query_len + first + row // GROUP
         lse = gl.where(is_empty, float("-inf"), (peak + gl.log2(total)) * _LN2)
@@ -339,13 +341,17 @@ def _consume(
             index = (i_row * query_len + first) * GROUP + row
             gl.store(ptr_peak + index, gl.where(is_empty, float("inf"), peak), mask=is_row)
             gl.store(ptr_share + index, gl.where(is_empty, 0.0, share), mask=is_row)
+            # Last: beside the output, what the roles share would be spilled.
+            if has_rest > 0:
+                lost = (acc - out.to(gl.float32)).to(buf_v.dtype)
+                gl.store(ptr_out_rest + offs_out, gl.convert_layout(lost, LINES), mask=is_line)
 
 
 @gluon.jit(do_not_specialize=NUMBERS)
 def gluon_forward_kernel(
-    tiles_q, slots_k, slots_v, slots_bias, slots_start, slots_expiry, ptr_out, ptr_lse, ptr_peak,
-    ptr_share, ptr_epochs, ptr_visible, ptr_entered, scale, num_items, num_rows, row_0,
-    num_epochs, num_tiles, query_len, key_len, epoch_len, old_slots, num_slots,
+    tiles_q, slots_k, slots_v, slots_bias, slots_start, slots_expiry, ptr_out, ptr_out_rest,
+    has_rest, ptr_lse, ptr_peak, ptr_share, ptr_epochs, ptr_visible, ptr_entered, scale, num_items,
+    num_rows, row_0, num_epochs, num_tiles, query_len, key_len, epoch_len, old_slots, num_slots,
     HEADS_KV: gl.constexpr,
     GROUP: gl.constexpr,
     BLOCK_M: gl.constexpr,
@@ -360,7 +366,7 @@ def gluon_forward_kernel(
     CLAMPS: gl.constexpr,
     PACKED: gl.constexpr,
 ):  # fmt: skip
-    """Output, natural log-sum-exp, and for backward the same in log 2 units, +inf in empty rows."""
+    """Output, natural log-sum-exp, and for backward the same as the kernel of `forward.py`."""
     PARTS: gl.constexpr = BLOCK_M // _ROWS
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     LINE: gl.constexpr = slots_start.layout
@@ -392,17 +398,17 @@ def gluon_forward_kernel(
         [
             (_consume, (
                 buf_q, buf_k, buf_v, buf_bias, buf_start, buf_expiry, q_full, q_empty, k_full,
-                v_full, empty, turns, ptr_out, ptr_lse, ptr_peak, ptr_share, ptr_epochs,
-                ptr_visible, ptr_entered, scale, num_items, num_rows, row_0, num_epochs, num_tiles,
-                query_len, key_len, epoch_len, HEADS_KV, GROUP, BLOCK_M, BLOCK_N, D, BUFFERS,
-                TOGETHER, HAS_BIAS, HAS_NORM, CLAMPS, PACKED, 0,
+                v_full, empty, turns, ptr_out, ptr_out_rest, has_rest, ptr_lse, ptr_peak, ptr_share,
+                ptr_epochs, ptr_visible, ptr_entered, scale, num_items, num_rows, row_0, num_epochs,
+                num_tiles, query_len, key_len, epoch_len, HEADS_KV, GROUP, BLOCK_M, BLOCK_N, D,
+                BUFFERS, TOGETHER, HAS_BIAS, HAS_NORM, CLAMPS, PACKED, 0,
             )),
             (_consume, (
                 buf_q, buf_k, buf_v, buf_bias, buf_start, buf_expiry, q_full, q_empty, k_full,
-                v_full, empty, turns, ptr_out, ptr_lse, ptr_peak, ptr_share, ptr_epochs,
-                ptr_visible, ptr_entered, scale, num_items, num_rows, row_0, num_epochs, num_tiles,
-                query_len, key_len, epoch_len, HEADS_KV, GROUP, BLOCK_M, BLOCK_N, D, BUFFERS,
-                TOGETHER, HAS_BIAS, HAS_NORM, CLAMPS, PACKED, 1,
+                v_full, empty, turns, ptr_out, ptr_out_rest, has_rest, ptr_lse, ptr_peak, ptr_share,
+                ptr_epochs, ptr_visible, ptr_entered, scale, num_items, num_rows, row_0, num_epochs,
+                num_tiles, query_len, key_len, epoch_len, HEADS_KV, GROUP, BLOCK_M, BLOCK_N, D,
+                BUFFERS, TOGETHER, HAS_BIAS, HAS_NORM, CLAMPS, PACKED, 1,
             )),
             (_produce, (
                 tiles_q, slots_k, slots_v, slots_bias, slots_start, slots_expiry, buf_q, buf_k,
@@ -438,7 +444,7 @@ def gluon_forward(
     config: RoleConfig,
     *,
     with_norm: bool,
-) -> tuple[Tensor, Tensor, Tensor | None] | None:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None:
     """As `forward.forward`; ``None`` for a call that this kernel does not serve.
 
     Args:
@@ -456,6 +462,7 @@ def gluon_forward(
     lse = torch.empty(batch, num_heads, query_len, dtype=torch.float32, device=query.device)
     norm = lse.new_empty((2, *lse.shape)) if with_norm else None
     peak, share = (None, None) if norm is None else (norm[0], norm[1])
+    out_rest = torch.empty_like(out) if with_norm and keeps_rest(out) else None
     layout = gl.NVMMASharedLayout(128, 8 * query.element_size(), 4)
     tiles_q: Any = TensorDescriptor(query, tiles.shape, tiles.strides, tiles.block_shape, layout)
     block, line = [config.block_n, head_dim], [1, config.block_n]
@@ -471,15 +478,15 @@ def gluon_forward(
         launch(gluon_forward_kernel, min(num_items, _multiprocessors(query.device)))(
             tiles_q, _describe(slots.key, block), _describe(slots.value, block),
             None if slots.bias is None else _describe(slots.bias, line),
-            _describe(plan.slot_start, line), _describe(plan.slot_expiry, line), out, lse, peak,
-            share, plan.epochs, plan.visible, plan.entered, call.factors[0], num_items, len(now),
-            row,
-            plan.num_epochs, num_tiles, query_len, plan.key_len, plan.epoch_len, plan.old_slots,
-            plan.num_slots, HEADS_KV=heads_kv, GROUP=group, BLOCK_M=config.block_m,
+            _describe(plan.slot_start, line), _describe(plan.slot_expiry, line), out,
+            *rest_arguments(out, out_rest), lse, peak, share, plan.epochs, plan.visible,
+            plan.entered, call.factors[0], num_items, len(now), row, plan.num_epochs, num_tiles,
+            query_len, plan.key_len, plan.epoch_len, plan.old_slots, plan.num_slots,
+            HEADS_KV=heads_kv, GROUP=group, BLOCK_M=config.block_m,
             BLOCK_N=config.block_n, D=head_dim, BUFFERS=config.buffers,
             TOGETHER=config.rows_together, CONSUMER_REGISTERS=config.consumer_registers,
             PRODUCER_REGISTERS=config.producer_registers, HAS_BIAS=slots.bias is not None,
             HAS_NORM=with_norm, CLAMPS=plan.clamps_positions, PACKED=plan.epochs is not None,
             num_warps=4, maxnreg=config.registers,
         )  # fmt: skip
-    return out, lse, norm
+    return out, lse, norm, out_rest

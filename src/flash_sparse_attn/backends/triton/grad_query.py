@@ -7,8 +7,6 @@ of a bias that depends on the query is summed from, see `grad_pair.py`. Grid and
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -16,7 +14,16 @@ from torch import Tensor
 from ...plan import Plan
 from .block_lists import tile_lists
 from .config import TileConfig, padded_head_dim
-from .inputs import Call, has_rows, is_aligned, mask_strides, plan_flags, words_of_tile
+from .inputs import (
+    Call,
+    Saved,
+    has_rows,
+    is_aligned,
+    mask_strides,
+    plan_flags,
+    rest_arguments,
+    words_of_tile,
+)
 from .launch import launch
 from .slots import slot_chunks, slot_dim, slots_of, uses_descriptors
 from .tiles import (
@@ -27,6 +34,7 @@ from .tiles import (
     key_blocks,
     key_bounds,
     load_grads,
+    load_out,
     load_rows,
     load_slots,
     log2_bias,
@@ -241,11 +249,11 @@ def _walk(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def grad_query_kernel(
-    ptr_q, slots_k, slots_v, ptr_out, ptr_grad, ptr_peak, ptr_share, ptr_delta, ptr_grad_q,
-    ptr_pairs, ptr_key, ptr_start, ptr_expiry, ptr_visible, ptr_entered, ptr_epochs, ptr_bits,
-    ptr_lists, ptr_mask, ptr_slot_bias, ptr_bias, scale, softcap, softmax_scale, query_len,
-    key_len, epoch_len, num_epochs, num_lists, num_tiles, tile_0, num_now, old_slots, num_slots,
-    row_0, plan_b, plan_h,
+    ptr_q, slots_k, slots_v, ptr_out, ptr_out_rest, has_rest, ptr_grad, ptr_peak, ptr_share,
+    ptr_delta, ptr_grad_q, ptr_pairs, ptr_key, ptr_start, ptr_expiry, ptr_visible, ptr_entered,
+    ptr_epochs, ptr_bits, ptr_lists, ptr_mask, ptr_slot_bias, ptr_bias, scale, softcap,
+    softmax_scale, query_len, key_len, epoch_len, num_epochs, num_lists, num_tiles, tile_0, num_now,
+    old_slots, num_slots, row_0, plan_b, plan_h,
     sqb: tl.int64,
     sqn: tl.int64,
     sqh: tl.int64,
@@ -316,8 +324,8 @@ def grad_query_kernel(
     offs_out = ((i_batch * query_len + first + i_query) * HEADS + offs_head) * D
     if D % 8 == 0:
         offs_out = tl.multiple_of(offs_out, 8)
-    out = load_rows(ptr_out, offs_out, mask_row, D, BLOCK_D, True)  # [M, D]
-    delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)  # [M]
+    out = load_out(ptr_out, ptr_out_rest, has_rest, offs_out, mask_row, D, BLOCK_D)  # [M, D]
+    delta = tl.sum(out * grad.to(tl.float32), 1)  # [M]
     index = (i_row * query_len + first) * GROUP + row
     tl.store(ptr_delta + index, delta, mask=mask_row)
 
@@ -417,29 +425,6 @@ def grad_query_kernel(
             store_rows(ptr_grad_q, offs_out, mask_row, acc * softmax_scale, D, BLOCK_D)
 
 
-@dataclass(frozen=True)
-class Saved:
-    """What the backward kernels read: inputs, results of forward, and delta, which they fill."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    out: Tensor
-    grad_out: Tensor
-    norm: Tensor
-    delta: Tensor
-
-    @property
-    def group(self) -> int:
-        """Query heads of a KV head."""
-        return self.query.shape[2] // self.key.shape[2]
-
-    @property
-    def rows(self) -> range:
-        """All (batch entry, KV head)."""
-        return range(self.key.shape[0] * self.key.shape[2])
-
-
 def num_query_tiles(plan: Plan, saved: Saved, config: TileConfig) -> int:
     """Query tiles of an epoch."""
     return triton.cdiv(plan.epoch_len * saved.group, config.block_m)
@@ -480,19 +465,19 @@ def run_grad_query(
         slots = slots_of(plan, key, value, call.bias, now, with_rows=walks)
         sources = slots.sources(config.block_n, uses_tma) if walks else (None, None)
         launch(grad_query_kernel, len(now) * len(tiles))(
-            query, *sources, saved.out, saved.grad_out, *saved.norm, saved.delta, grad_query,
-            pairs, plan.slot_key, plan.slot_start, plan.slot_expiry, plan.visible, plan.entered,
-            plan.epochs, plan.slot_bits, lists, plan.mask, slots.bias, call.bias_tensor,
-            *call.factors, call.softmax_scale, query.shape[1], plan.key_len, plan.epoch_len,
-            plan.num_epochs, plan.num_lists, num_tiles, tiles.start, len(tiles), plan.old_slots,
-            plan.num_slots, now.start, *plan.row_strides(heads_kv), *query.stride()[:3],
-            *key.stride()[:3], *value.stride()[:3], *saved.grad_out.stride(), *call.bias_strides,
+            query, *sources, saved.out, *rest_arguments(saved.out, saved.out_rest), saved.grad_out,
+            *saved.norm, saved.delta, grad_query, pairs, plan.slot_key, plan.slot_start,
+            plan.slot_expiry, plan.visible, plan.entered, plan.epochs, plan.slot_bits, lists,
+            plan.mask, slots.bias, call.bias_tensor, *call.factors, call.softmax_scale,
+            query.shape[1], plan.key_len, plan.epoch_len, plan.num_epochs, plan.num_lists,
+            num_tiles, tiles.start, len(tiles), plan.old_slots, plan.num_slots, now.start,
+            *plan.row_strides(heads_kv), *query.stride()[:3], *key.stride()[:3],
+            *value.stride()[:3], *saved.grad_out.stride(), *call.bias_strides,
             *mask_strides(plan, heads_kv, group), HEADS_KV=heads_kv, GROUP=group, D=head_dim,
             SLOT_D=slot_dim(head_dim), BLOCK_D=padded_head_dim(head_dim), BLOCK_M=config.block_m,
             BLOCK_N=config.block_n, STAGES=config.num_stages, **plan_flags(plan),
-            ROWS=has_rows(plan, call),
-            WORDS=words_of_tile(config.block_m, group), **call.flags, PAIR_GRAD=pair_grad,
-            NEEDS_QUERY=grad_query is not None, PACKED=plan.epochs is not None,
+            ROWS=has_rows(plan, call), WORDS=words_of_tile(config.block_m, group), **call.flags,
+            PAIR_GRAD=pair_grad, NEEDS_QUERY=grad_query is not None, PACKED=plan.epochs is not None,
             ALIGNED=is_aligned(query), ALIGNED_KV=is_aligned(key, value),
             GRAD_ALIGNED=is_aligned(saved.grad_out), TMA=uses_tma, **config.options,
         )  # fmt: skip

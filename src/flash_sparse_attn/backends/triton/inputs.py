@@ -1,4 +1,4 @@
-"""What the kernels are told about scale, softcap and bias."""
+"""What the kernels are told about the tensors of a call, scale, softcap and bias."""
 
 from __future__ import annotations
 
@@ -84,6 +84,15 @@ def has_rows(plan: Plan, call: Call) -> bool:
         and plan.key_len % 8 == 0
         and all(t.shape[3] > 1 and is_aligned(t) for t in tensors)
     )
+
+
+def rest_arguments(out: Tensor, out_rest: Tensor | None) -> tuple[Tensor, int]:
+    """`ptr_out_rest` and `has_rest` of the kernels.
+
+    Where nothing is kept `out` itself stands in: a pointer of the same type and alignment, so that
+    the size of a call compiles no kernel anew.
+    """
+    return (out, 0) if out_rest is None else (out_rest, 1)
 
 
 def plan_flags(plan: Plan) -> dict[str, Any]:
@@ -187,3 +196,30 @@ class Call:
             "PAIR_BIAS": self.bias is not None and not self.bias.is_per_key,
             "HAS_SOFTCAP": bool(self.softcap),
         }
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What the backward kernels read: inputs, results of forward, and delta, which they fill.
+
+    `out_rest` is what rounding took from `out`, ``None`` if that was not kept.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    out: Tensor
+    out_rest: Tensor | None
+    grad_out: Tensor
+    norm: Tensor
+    delta: Tensor
+
+    @property
+    def group(self) -> int:
+        """Query heads of a KV head."""
+        return self.query.shape[2] // self.key.shape[2]
+
+    @property
+    def rows(self) -> range:
+        """All (batch entry, KV head)."""
+        return range(self.key.shape[0] * self.key.shape[2])

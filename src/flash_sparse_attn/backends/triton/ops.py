@@ -18,6 +18,7 @@ from ...plan import Plan
 from ...problem import Problem
 from ...tracing import is_traced, is_watched
 from ...varlen import PackedSequences
+from .config import keeps_rest
 from .layout import Layout
 
 _library = torch.library.Library("flash_sparse_attn", "FRAGMENT")
@@ -33,11 +34,12 @@ _library.define(
 _CALL = "float softmax_scale, float softcap, bool clamps_positions, SymInt[] sizes"
 _library.define(
     f"forward(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor[] plan, {_CALL})"
-    " -> (Tensor, Tensor, Tensor)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     "backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor out,"
-    f" Tensor norm, Tensor[] plan, {_CALL}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)"
+    f" Tensor norm, Tensor out_rest, Tensor[] plan, {_CALL}, bool[] needs)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -128,11 +130,11 @@ def _forward(
     softcap: float,
     clamps_positions: bool,
     sizes: list[int],
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     record = Plan.of(plan, sizes, clamps_positions)
-    factors = softmax_scale, softcap
-    out, lse, norm = _run_forward(query, key, value, bias, record, *factors, with_norm=True)
-    return out, lse, norm
+    call = (query, key, value, bias, record, softmax_scale, softcap)
+    out, lse, norm, out_rest = _run_forward(*call, with_norm=True)
+    return out, lse, norm, out.new_empty(0) if out_rest is None else out_rest
 
 
 @on_device
@@ -157,6 +159,7 @@ def _backward(
     bias: Tensor | None,
     out: Tensor,
     norm: Tensor,
+    out_rest: Tensor,
     plan: list[Tensor],
     softmax_scale: float,
     softcap: float,
@@ -165,8 +168,9 @@ def _backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     record = Plan.of(plan, sizes, clamps_positions)
+    kept = out_rest if out_rest.numel() else None
     grads = _run_backward(
-        grad_out, query, key, value, bias, out, norm, record, softmax_scale, softcap, needs
+        grad_out, query, key, value, bias, out, norm, kept, record, softmax_scale, softcap, needs
     )
     none = norm.new_empty(0)
     return tuple(none.clone() if grad is None else grad for grad in grads)  # type: ignore[return-value]
@@ -211,10 +215,11 @@ def _(
 
 
 @torch.library.register_fake("flash_sparse_attn::forward", lib=_library)
-def _(query: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(query: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, query_len, heads, _ = query.shape
     lse = query.new_empty((batch, heads, query_len), dtype=torch.float32)
-    return query.new_empty(query.shape), lse, lse.new_empty((2, *lse.shape))
+    out_rest = query.new_empty(query.shape if keeps_rest(query) else 0)
+    return query.new_empty(query.shape), lse, lse.new_empty((2, *lse.shape)), out_rest
 
 
 @torch.library.register_fake("flash_sparse_attn::backward", lib=_library)
@@ -230,16 +235,16 @@ def _(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     query, key, value, bias, plan, *ctx.call = inputs
-    out, lse, norm = output
-    ctx.mark_non_differentiable(lse, norm)
-    ctx.save_for_backward(query, key, value, bias, out, norm, *plan)
+    out, lse, norm, out_rest = output
+    ctx.mark_non_differentiable(lse, norm, out_rest)
+    ctx.save_for_backward(query, key, value, bias, out, norm, out_rest, *plan)
 
 
 def _differentiate(ctx: Any, grad_out: Tensor, *_: Any) -> tuple[Any, ...]:
-    query, key, value, bias, out, norm, *plan = ctx.saved_tensors
+    query, key, value, bias, out, norm, out_rest, *plan = ctx.saved_tensors
     needs = [bool(need) for need in ctx.needs_input_grad[:4]]
     grads = torch.ops.flash_sparse_attn.backward(
-        grad_out, query, key, value, bias, out, norm, plan, *ctx.call, needs
+        grad_out, query, key, value, bias, out, norm, out_rest, plan, *ctx.call, needs
     )
     asked = (grad if need else None for grad, need in zip(grads, needs, strict=True))
     return (*asked, [None] * len(plan), None, None, None, None)
@@ -343,11 +348,11 @@ def attend(
     if is_watched(query):
         operator = torch.ops.flash_sparse_attn.forward
         call = (*factors, ready.clamps_positions, list(ready.sizes))
-        out, lse, _ = operator(query, key, value, bias, ready.tensors(), *call)
+        out, lse, *_ = operator(query, key, value, bias, ready.tensors(), *call)
     elif problem.requires_grad:
         out, lse = _Attention.apply(query, key, value, bias, ready, *factors)
     else:
-        out, lse, _ = _run_forward(query, key, value, bias, ready, *factors, with_norm=False)
+        out, lse, *_ = _run_forward(query, key, value, bias, ready, *factors, with_norm=False)
     return out, lse
 
 
@@ -364,18 +369,19 @@ class _Attention(torch.autograd.Function):
         plan: Plan,
         *factors: float,
     ) -> tuple[Tensor, Tensor]:
-        out, lse, norm = _run_forward(query, key, value, bias, plan, *factors, with_norm=True)
+        call = (query, key, value, bias, plan, *factors)
+        out, lse, norm, out_rest = _run_forward(*call, with_norm=True)
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
         # The plan's tensors, too: what keeps a layer's tensors elsewhere, or makes them anew, has
         # to see them.
-        ctx.save_for_backward(query, key, value, bias, out, norm, *plan.parts)
+        ctx.save_for_backward(query, key, value, bias, out, norm, out_rest, *plan.parts)
         ctx.factors, ctx.plan = factors, (plan.sizes, plan.clamps_positions)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        query, key, value, bias, out, norm, *parts = ctx.saved_tensors
+        query, key, value, bias, out, norm, out_rest, *parts = ctx.saved_tensors
         plan = Plan.of(parts, *ctx.plan)
         needs = ctx.needs_input_grad[:4]
         rest = (None,) * 3
@@ -383,7 +389,8 @@ class _Attention(torch.autograd.Function):
             return (*rest, *rest, None)
         tensors = (grad_out, query, key, value, bias, out, norm)
         if not (torch.is_grad_enabled() or is_watched(grad_out)):
-            return (*_run_backward(*tensors, plan, *ctx.factors, needs), *rest)
+            return (*_run_backward(*tensors, out_rest, plan, *ctx.factors, needs), *rest)
+        kept = out.new_empty(0) if out_rest is None else out_rest
         call = (*ctx.factors, plan.clamps_positions, list(plan.sizes), list(needs))
-        grads = torch.ops.flash_sparse_attn.backward(*tensors, plan.tensors(), *call)
+        grads = torch.ops.flash_sparse_attn.backward(*tensors, kept, plan.tensors(), *call)
         return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), *rest)

@@ -17,8 +17,8 @@ NUMBERS = (
     "plan_h", "tile_0", "num_now", "num_batches", "num_owners", "num_entries", "unit_0",
     "units_now", "unit_len", "unit_rows", "units_of_epoch", "num_parts", "num_sequences",
     "num_runs", "num_bits", "coarse_len", "num_coarse", "piece_len", "num_pieces", "keep_first",
-    "keep_recent", "sqb", "sqn", "sqh", "skb", "skn", "skh", "svb", "svn", "svh", "sgb", "sgn",
-    "sgh", "sgd", "sbb", "sbk", "sbg", "sbq", "sbn", "smb", "smk", "smg", "smq", "smn",
+    "keep_recent", "has_rest", "sqb", "sqn", "sqh", "skb", "skn", "skh", "svb", "svn", "svh", "sgb",
+    "sgn", "sgh", "sgd", "sbb", "sbk", "sbg", "sbq", "sbn", "smb", "smk", "smg", "smq", "smn",
 )  # fmt: skip
 
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -118,6 +118,16 @@ def load_grads(
         offs_d = tl.arange(0, BLOCK_D)
         mask = mask_row[:, None] & (offs_d < D)[None, :]
         return tl.load(ptr + offs[:, None] + (offs_d * stride_d)[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def load_out(
+    ptr, ptr_rest, has_rest, offs_row, mask_row, D: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """Rows of O in fp32, with what rounding took from them if forward has kept that."""
+    out = load_rows(ptr, offs_row, mask_row, D, BLOCK_D, True)
+    rest = load_rows(ptr_rest, offs_row, mask_row & (has_rest > 0), D, BLOCK_D, True)
+    return out.to(tl.float32) + rest.to(tl.float32)
 
 
 @triton.jit
