@@ -143,16 +143,19 @@ def _add_block(
     if HIDES:
         scores = tl.where(sees, scores, -_INF)
     probs = tl.exp2(scores - peak[:, None])  # times the row's share
+    if PAIR_GRAD != "none":
+        probs = tl.where(scores == -_INF, 0.0, probs)  # also of rows that hold NaN
     products = tl.dot(grad, tl.trans(v))
     grad_scores = probs * (products * share[:, None] - delta[:, None])  # [M, N]
     if HAS_MASK and HIDES:
         grad_scores = tl.where(sees, grad_scores, 0.0)  # a hidden value may hold NaN
-    if PAIR_GRAD == "group":
-        # The heads of a query lie side by side.
-        pairs = tl.sum(grad_scores.reshape(grad_scores.shape[0] // GROUP, GROUP, BLOCK_N), 1)
-        tl.store(ptr_pairs + slot[None, :], pairs.to(ptr_pairs.dtype.element_ty))
-    elif PAIR_GRAD == "head":
-        tl.store(ptr_pairs + slot[None, :], grad_scores.to(ptr_pairs.dtype.element_ty))
+    if PAIR_GRAD != "none":
+        pairs = tl.where(probs == 0.0, 0.0, grad_scores)  # a hidden value may hold NaN
+        if PAIR_GRAD == "group":
+            # The heads of a query lie side by side.
+            pairs = tl.sum(pairs.reshape(pairs.shape[0] // GROUP, GROUP, BLOCK_N), 1)
+        offs = (slot * pairs.shape[0])[None, :]
+        tl.store(ptr_pairs + offs, pairs.to(ptr_pairs.dtype.element_ty))
     if HAS_SOFTCAP:
         grad_scores *= 1.0 - tanh * tanh
     return tl.dot(grad_scores.to(k.dtype), k, acc), pair
@@ -383,13 +386,10 @@ def grad_query_kernel(
             ptr_mask += row_offsets(i_batch, smb, ROWS) + row_offsets(i_head, smk, ROWS)
             offs = row_offsets(i_group, smg, ROWS) + row_offsets(first + i_query, smq, ROWS)
             ptr_mask = ptr_mask + offs[:, None]
-        if PAIR_GRAD == "group":
-            TILE: tl.constexpr = BLOCK_M // GROUP
-            offs_pair = (i_local * num_now + i_now) * TILE + tl.arange(0, TILE)
-            ptr_pairs = ptr_pairs + (offs_pair * num_slots)[:, None]
-        elif PAIR_GRAD == "head":
-            offs_pair = (i_local * num_now + i_now) * BLOCK_M + tl.arange(0, BLOCK_M)
-            ptr_pairs = ptr_pairs + (offs_pair * num_slots)[:, None]
+        if PAIR_GRAD != "none":
+            TILE: tl.constexpr = BLOCK_M // GROUP if PAIR_GRAD == "group" else BLOCK_M
+            slot_0 = (i_local * num_now + i_now) * num_slots
+            ptr_pairs = ptr_pairs + slot_0 * TILE + tl.arange(0, TILE)[:, None]
 
         # As in `forward.py`: keys that nobody in the tile sees are cleared only if NaN came out.
         acc = _walk(
@@ -461,7 +461,7 @@ def run_grad_query(
         plan, saved, call: Of the call.
         config: Tile sizes.
         grad_query: ``[B, Q, H, D]``, contiguous, or ``None`` if it is not asked for.
-        pairs: ``[B * Hkv, tiles, rows, P]`` for the gradient of the scores of each slot, or
+        pairs: ``[B * Hkv, tiles, P, rows]`` for the gradient of the scores of each slot, or
             ``None``. Blocks of slots that a tile does not see are not written.
         pair_grad: ``"head"`` if it has `block_m` rows for a tile, ``"group"`` if one for each
             query, summed over the heads of a KV head.

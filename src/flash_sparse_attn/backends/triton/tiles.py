@@ -15,7 +15,7 @@ NUMBERS = (
     "query_len", "key_len", "epoch_len", "num_epochs", "num_lists", "num_tiles", "num_blocks",
     "num_rows", "num_items", "old_slots", "num_slots", "row_0", "plan_b", "plan_h", "tile_0",
     "num_now", "num_batches", "num_owners", "num_entries", "unit_0", "units_now", "unit_len",
-    "unit_rows", "units_of_epoch", "num_parts", "num_sequences", "num_runs", "num_bits",
+    "units_of_epoch", "num_parts", "num_sequences", "num_runs", "num_bits",
     "coarse_len", "num_coarse", "piece_len", "num_pieces", "keep_first", "keep_recent",
     "sqb", "sqn", "sqh", "skb", "skn", "skh", "svb", "svn", "svh", "sgb", "sgn", "sgh", "sgd",
     "sbb", "sbk", "sbg", "sbq", "sbn", "smb", "smk", "smg", "smq", "smn",
