@@ -161,7 +161,7 @@ def compiled(target: str, head_dim: int, name: str, slots: str = "copied") -> Co
         "BLOCK_D": config.padded_head_dim(head_dim), "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n, "STAGES": tiles.num_stages,
         "KEY_BIAS": "none" if slots == "pairs" else "kv head",
-        "PAIR_BIAS": slots == "pairs", "PAIR_GRAD": "none", "HAS_SOFTCAP": False,
+        "PAIR_BIAS": slots == "pairs", "PAIR_GRAD": "none", "SHARED": False, "HAS_SOFTCAP": False,
         "CLAMPS": False, "PACKED": False, "SLOTS": "keys" if slots == "pairs" else slots,
         "HAS_MASK": slots == "pairs", "ROWS": slots == "pairs", "MEMBERS": 1,
         "WORDS": max(1, tiles.block_m // 4 // 32),

@@ -86,6 +86,22 @@ def has_rows(plan: Plan, call: Call) -> bool:
     )
 
 
+def shares_bias(plan: Plan, call: Call, block_m: int, group: int) -> bool:
+    """Whether the rows of a query in a tile see the same gathered slots with the same bias.
+
+    Then tiles of `block_m` rows gather it once for the `group` heads of a KV head.
+    """
+    return (
+        plan.slots == "gathered"
+        and plan.members == 1
+        and call.bias is not None
+        and call.bias.kind == "pair"
+        and call.bias.strides[2] == 0
+        and group > 1
+        and block_m % group == 0
+    )
+
+
 def plan_flags(plan: Plan) -> dict[str, Any]:
     """The constants that choose a kernel's variant for a plan."""
     return {

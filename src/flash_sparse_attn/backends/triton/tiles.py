@@ -253,6 +253,44 @@ def gathered_bias(
 
 
 @triton.jit
+def bias_of_tile(
+    i_tile, is_one, first, num, slot, key, ptr_bits, num_words, num_slots, ptr_bias, sbg, sbq, sbn,
+    MASKED: tl.constexpr,
+    SHARED: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    WORDS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """The bias of pairs ``[N, M]`` of gathered slots and a tile, -inf where a row does not see one.
+
+    `SHARED`: the heads of a KV head share bias and mask, and it is that of queries, ``[N, M / G]``.
+    """
+    HEADS: tl.constexpr = 1 if SHARED else GROUP
+    ROWS: tl.constexpr = BLOCK_M // GROUP if SHARED else BLOCK_M
+    row, i_query, i_group = tile_rows(i_tile, HEADS, ROWS)
+    seen = (key >= 0)[:, None] & (is_one & (row < num * HEADS))[None, :]
+    if MASKED:
+        word_0 = i_tile * ROWS // HEADS // 32
+        seen &= bits_see(
+            ptr_bits, slot, i_query, i_group, word_0, num_words, num_slots, MEMBERS, WORDS, True
+        )
+    offs = i_group.to(tl.int64) * sbg + (first + i_query).to(tl.int64) * sbq
+    offs = (key.to(tl.int64) * sbn)[:, None] + offs[None, :]
+    return tl.load(ptr_bias + offs, mask=seen, other=float("-inf"))
+
+
+@triton.jit
+def for_heads(block, GROUP: tl.constexpr):
+    """``[N, Q]`` of queries as ``[N, Q G]`` of rows: the heads of a query lie side by side."""
+    if GROUP == 1:
+        return block
+    else:
+        heads = tl.broadcast_to(block[:, :, None], block.shape[0], block.shape[1], GROUP)
+        return heads.reshape(block.shape[0], block.shape[1] * GROUP)
+
+
+@triton.jit
 def tile_rows(i_tile, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
     """The rows of a tile, and the query and head of each. [BLOCK_M]."""
     offs = tl.arange(0, BLOCK_M)
