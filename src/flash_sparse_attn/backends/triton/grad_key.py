@@ -159,8 +159,8 @@ def _add_tile(
                     offs = (key.to(tl.int64) * smn)[:, None] + offs[None, :]
                     sees &= tl.load(ptr_mask + offs, mask=sees, other=0) != 0
     if FETCHED:
-        added = for_heads(log2_bias(pair), GROUP if SHARED else 1)
-        scores = tl.where(added == -_INF, -_INF, scores + added)
+        read = for_heads(pair, GROUP if SHARED else 1, True)
+        scores = tl.where(read == -_INF, -_INF, scores + log2_bias(read))
         pair = bias_of_tile(
             following, is_one, first, num, slot, key, ptr_bits, num_words, num_slots, ptr_bias,
             sbg, sbq, sbn, MASKED, SHARED, MEMBERS, WORDS, GROUP, BLOCK_M,

@@ -16,13 +16,14 @@ from torch import Tensor
 from ...plan import Plan
 from .block_lists import tile_lists
 from .config import TileConfig, padded_head_dim
-from .inputs import Call, has_rows, is_aligned, mask_strides, plan_flags, words_of_tile
+from .inputs import Call, has_rows, is_aligned, mask_strides, plan_flags, shares_bias, words_of_tile
 from .launch import launch
 from .slots import slot_chunks, slot_dim, slots_of, uses_descriptors
 from .tiles import (
     NUMBERS,
     bits_see,
     epoch_bounds,
+    for_heads,
     gathered_bias,
     key_blocks,
     key_bounds,
@@ -124,7 +125,8 @@ def _add_block(
             offs = (i_group * sbg)[:, None] + (key.to(tl.int64) * sbn)[None, :]
             scores += log2_bias(tl.load(ptr_bias + offs, mask=(key >= 0)[None, :], other=0.0))
     if FETCHED:
-        scores = tl.where(pair == -_INF, -_INF, scores + log2_bias(pair))
+        read = for_heads(pair, scores.shape[0] // pair.shape[0], False)
+        scores = tl.where(read == -_INF, -_INF, scores + log2_bias(read))
         pair = gathered_bias(
             following, is_one, i_query, i_group, mask_row, ptr_key, ptr_bits, word_0, num_words,
             num_slots, ptr_bias, sbn, MASKED, MEMBERS, WORDS, BLOCK_N,
@@ -154,8 +156,7 @@ def _add_block(
         if PAIR_GRAD == "group":
             # The heads of a query lie side by side.
             pairs = tl.sum(pairs.reshape(pairs.shape[0] // GROUP, GROUP, BLOCK_N), 1)
-        offs = (slot * pairs.shape[0])[None, :]
-        tl.store(ptr_pairs + offs, pairs.to(ptr_pairs.dtype.element_ty))
+        tl.store(ptr_pairs + (slot * pairs.shape[0])[None, :], pairs.to(ptr_pairs.dtype.element_ty))
     if HAS_SOFTCAP:
         grad_scores *= 1.0 - tanh * tanh
     return tl.dot(grad_scores.to(k.dtype), k, acc), pair
@@ -225,8 +226,7 @@ def _walk(
         for i in tl.range(0, num_border + num_new, num_stages=STAGES):
             if SLOTS == "gathered":
                 block = tl.load(ptr_lists + 2 + num_full + i)
-                last = num_full + num_border - 1
-                following = tl.load(ptr_lists + 2 + tl.minimum(num_full + i + 1, last))
+                following = tl.load(ptr_lists + 2 + tl.minimum(num_full + i + 1, num_old - 1))
             else:
                 block = tl.where(i < num_border, num_full + i, new_block + i)
                 following = block
@@ -288,6 +288,7 @@ def grad_query_kernel(
     KEY_BIAS: tl.constexpr,
     PAIR_BIAS: tl.constexpr,
     PAIR_GRAD: tl.constexpr,
+    SHARED: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     NEEDS_QUERY: tl.constexpr,
     CLAMPS: tl.constexpr,
@@ -332,8 +333,7 @@ def grad_query_kernel(
         at = position + i_query
         if CLAMPS:
             at = tl.maximum(at, 0)
-        num_words = epoch_len // 32
-        word_0 = i_tile * BLOCK_M // GROUP // 32
+        num_words, word_0 = epoch_len // 32, i_tile * BLOCK_M // GROUP // 32
         num_full, num_old, num_new = 0, 0, 0
         if i_tile * BLOCK_M < num * GROUP:
             begin = i_tile * BLOCK_M // GROUP
@@ -354,9 +354,8 @@ def grad_query_kernel(
                 )
                 num_full, num_old = tl.load(ptr_lists), tl.load(ptr_lists + 1)
         offs_q = row_offsets(first + i_query, sqn, ALIGNED) + row_offsets(offs_head, sqh, ALIGNED)
-        q = load_rows(
-            ptr_q + row_offsets(i_batch, sqb, ALIGNED), offs_q, mask_row, D, BLOCK_D, True
-        )
+        ptr_q += row_offsets(i_batch, sqb, ALIGNED)
+        q = load_rows(ptr_q, offs_q, mask_row, D, BLOCK_D, True)
         grad = grad.to(q.dtype)
         slot_base = tl.multiple_of((i_local * num_lists + i_list) * num_slots, 128)
         plan_base = tl.multiple_of((plan_row * num_lists + i_list) * num_slots, 128)
@@ -379,6 +378,10 @@ def grad_query_kernel(
             ALIGNED_BIAS: tl.constexpr = ROWS and PAIR_BIAS
             ptr_bias += row_offsets(i_batch, sbb, ALIGNED_BIAS)
             ptr_bias += row_offsets(i_head, sbk, ALIGNED_BIAS)
+        if SHARED:
+            # The rows of a query read one row of the bias.
+            _, i_query, i_group = tile_rows(i_tile, 1, BLOCK_M // GROUP)
+            mask_row = i_query < num
         if PAIR_BIAS:
             offs = row_offsets(i_group, sbg, ROWS) + row_offsets(first + i_query, sbq, ROWS)
             ptr_bias = ptr_bias + offs[:, None]
@@ -414,7 +417,7 @@ def grad_query_kernel(
                     BLOCK_M, BLOCK_N, BLOCK_D, STAGES, ALIGNED_KV, TMA,
                 )  # fmt: skip
         if NEEDS_QUERY:
-            store_rows(ptr_grad_q, offs_out, mask_row, acc * softmax_scale, D, BLOCK_D)
+            store_rows(ptr_grad_q, offs_out, row < num * GROUP, acc * softmax_scale, D, BLOCK_D)
 
 
 @dataclass(frozen=True)
@@ -468,8 +471,7 @@ def run_grad_query(
         tiles: Numbers of tiles, those of all epochs one after the other; default all.
     """
     query, key, value = saved.query, saved.key, saved.value
-    heads_kv, head_dim = key.shape[2], key.shape[3]
-    group = saved.group
+    heads_kv, head_dim, group = key.shape[2], key.shape[3], saved.group
     num_tiles = num_query_tiles(plan, saved, config)
     tiles = tiles or range(plan.num_epochs * num_tiles)
     lists = tile_lists(plan, group, num_tiles, config.block_m, config.block_n)
@@ -490,7 +492,7 @@ def run_grad_query(
             *mask_strides(plan, heads_kv, group), HEADS_KV=heads_kv, GROUP=group, D=head_dim,
             SLOT_D=slot_dim(head_dim), BLOCK_D=padded_head_dim(head_dim), BLOCK_M=config.block_m,
             BLOCK_N=config.block_n, STAGES=config.num_stages, **plan_flags(plan),
-            ROWS=has_rows(plan, call),
+            ROWS=has_rows(plan, call), SHARED=shares_bias(plan, call, config.block_m, group),
             WORDS=words_of_tile(config.block_m, group), **call.flags, PAIR_GRAD=pair_grad,
             NEEDS_QUERY=grad_query is not None, PACKED=plan.epochs is not None,
             ALIGNED=is_aligned(query), ALIGNED_KV=is_aligned(key, value),

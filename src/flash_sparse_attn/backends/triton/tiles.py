@@ -281,13 +281,16 @@ def bias_of_tile(
 
 
 @triton.jit
-def for_heads(block, GROUP: tl.constexpr):
-    """``[N, Q]`` of queries as ``[N, Q G]`` of rows: the heads of a query lie side by side."""
+def for_heads(block, GROUP: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """``[Q, N]`` of queries as ``[Q G, N]`` of rows, transposed ``[N, Q]`` as ``[N, Q G]``."""
+    LEFT: tl.constexpr = block.shape[0]
+    RIGHT: tl.constexpr = block.shape[1]
     if GROUP == 1:
         return block
+    elif TRANSPOSED:
+        return tl.broadcast_to(block[:, :, None], LEFT, RIGHT, GROUP).reshape(LEFT, RIGHT * GROUP)
     else:
-        heads = tl.broadcast_to(block[:, :, None], block.shape[0], block.shape[1], GROUP)
-        return heads.reshape(block.shape[0], block.shape[1] * GROUP)
+        return tl.broadcast_to(block[:, None, :], LEFT, GROUP, RIGHT).reshape(LEFT * GROUP, RIGHT)
 
 
 @triton.jit
