@@ -19,7 +19,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from flash_sparse_attn.backends.triton import config  # noqa: E402
+from flash_sparse_attn.backends.triton import config, grad_pair, plan_mask  # noqa: E402
 from flash_sparse_attn.backends.triton.forward import forward_kernel  # noqa: E402
 from flash_sparse_attn.backends.triton.grad_key import grad_key_kernel  # noqa: E402
 from flash_sparse_attn.backends.triton.grad_query import grad_query_kernel  # noqa: E402
@@ -166,7 +166,7 @@ def compiled(
         "BLOCK_D": config.padded_head_dim(head_dim), "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n, "STAGES": tiles.num_stages,
         "KEY_BIAS": "none" if slots == "pairs" else "kv head",
-        "PAIR_BIAS": slots == "pairs", "PAIR_GRAD": "none", "HAS_SOFTCAP": False,
+        "PAIR_BIAS": slots == "pairs", "PAIR_GRAD": "none", "SHARED": False, "HAS_SOFTCAP": False,
         "CLAMPS": False, "PACKED": False, "SLOTS": "keys" if slots == "pairs" else slots,
         "HAS_MASK": slots == "pairs", "ROWS": slots == "pairs", "MEMBERS": 1,
         "WORDS": max(1, tiles.block_m // 4 // 32),
@@ -259,6 +259,63 @@ def test_hopper_with_few_pairs(head_dim: int) -> None:
     kernel = compiled("sm_90", head_dim, "forward", "pairs", num_rows=1)
     assert kernel.shared <= TARGETS["sm_90"][2] and kernel.stack <= 16
     assert "LDGSTS" in kernel.code and "HMMA" in kernel.code
+
+
+def hopper_code(
+    kernel: Any, constants: dict[str, Any], pointers: dict[str, str], absent: tuple[str, ...] = ()
+) -> str:
+    """The code of a kernel without tiles of queries; what `pointers` does not name is of int32."""
+    types, values, attributes = {}, {}, {}
+    for index, param in enumerate(kernel.params):
+        name = param.name
+        if param.is_constexpr or name in absent:
+            types[name], values[(index,)] = "constexpr", constants.get(name)
+        elif name.startswith("ptr_"):
+            types[name] = pointers.get(name, "*i32")
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            types[name] = param.annotation_type or "i32"
+    source = ASTSource(kernel, types, values, attributes)
+    options = {"num_warps": constants["num_warps"]}
+    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    code, notes = machine_code(binary, 90)
+    assert stack_frame(notes) == 0
+    return code
+
+
+def widths(code: str, access: str) -> set[str]:
+    """How wide a kernel loads (``"LDG"``) or stores (``"STG"``)."""
+    return set(re.findall(rf"\b{access}\.E(\.\w+)?", code))
+
+
+@pytest.mark.parametrize("slots", ("gathered", "copied", "keys"))
+@pytest.mark.parametrize("sums", (False, True))
+def test_gradients_of_pairs_are_spread_16_bytes_at_a_time(sums: bool, slots: str) -> None:
+    constants = {
+        "HEADS_KV": 1, "GROUP": 2, "BIAS_BATCHES": 1, "BIAS_HEADS": 1, "HEAD_ROWS": False,
+        "TILE_ROWS": 32, "SUMS": sums, "SLOTS": slots, "MEMBERS": 1, "CLAMPS": False,
+        "ALIGNED": True, "QUERIES": grad_pair._QUERIES, "TOGETHER": grad_pair._TOGETHER,
+        "KEYS": grad_pair._KEYS, "num_warps": grad_pair._WARPS,
+    }  # fmt: skip
+    pointers = {"ptr_pairs": "*fp32" if sums else "*bf16", "ptr_grad_bias": "*bf16"}
+    absent = () if slots == "copied" else ("ptr_start", "ptr_expiry")
+    code = hopper_code(grad_pair.spread_kernel, constants, pointers, absent)
+    assert widths(code, "STG") == {".128"}
+    # Slots, and words or intervals, are of one key each.
+    assert widths(code, "LDG") == ({".128"} if slots == "keys" else {".128", ""})
+
+
+def test_masks_are_packed_16_bytes_at_a_time() -> None:
+    constants = {
+        "ROW_HEADS": 1, "MEMBERS": 1, "CAUSAL": True, "UNIT": True, "QUADS": True,
+        "BLOCK": plan_mask._PACKED, "num_warps": plan_mask._PACKED // 512,
+    }  # fmt: skip
+    pointers = {"ptr_mask": "*u8", "ptr_seen": "*i8"}
+    code = hopper_code(plan_mask.pack_kernel, constants, pointers)
+    assert widths(code, "LDG") == {".128"}
+    assert widths(code, "STG") <= {".128", ".64"}
+    constants = {"PARTS": 4, "ALIGNED": True, "USES": True, "BLOCK": 4096, "num_warps": 16}
+    assert widths(hopper_code(plan_mask.slot_kernel, constants, pointers), "LDG") == {".64"}
 
 
 @pytest.mark.heavy

@@ -32,14 +32,17 @@ NAMES = ("out", "grad query", "grad key", "grad value", "grad bias")
 
 PLANNING = importlib.import_module("flash_sparse_attn.backends.triton.plan_mask")
 BACKWARD = importlib.import_module("flash_sparse_attn.backends.triton.backward")
+SPREADING = importlib.import_module("flash_sparse_attn.backends.triton.grad_pair")
 
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Masks are packed, scanned and counted in several blocks, and so are their slots."""
+    """Masks are packed, scanned and counted, and gradients of biases stored, in several blocks."""
     sizes = {"_PACKED": 32, "_SCANNED": 64, "_COUNTED": 16, "_OWNED": 32}
     for name, size in sizes.items():
         monkeypatch.setattr(PLANNING, name, size)
+    for name, size in {"_KEYS": 32, "_TOGETHER": 4, "_PROGRAMS": 1}.items():
+        monkeypatch.setattr(SPREADING, name, size)
     # Some blocks of slots have a program each, the others share some.
     monkeypatch.setattr(BACKWARD, "BLOCK_PROGRAMS", 4)
     monkeypatch.setattr(BACKWARD, "LOOPING_PROGRAMS", 2)
@@ -167,7 +170,13 @@ CASES = {
     "bits, expanded": Case(batch=2, mask=(1, 1, 70, 1), is_expanded=True),
     "bits, window": Case(pattern="window", bias=(1, 1, 70, 70)),
     "bits, blocks": Case(pattern="blocks", heads=1),
-    "bits, four keys at a time": Case(queries=96, keys=80, mask=(1, 1, 96, 80), heads=1),
+    "bits, aligned rows": Case(queries=96, keys=80, mask=(1, 1, 96, 80), heads=1),
+    "bits, aligned rows, not causal": Case(
+        queries=70, keys=96, mask=(1, 2, 70, 96), is_causal=False, epoch=64, bias=(1, 1, 70, 96)
+    ),
+    "bits, aligned rows, fewer queries": Case(
+        queries=45, keys=112, mask=(1, 1, 45, 112), bias=(1, 2, 45, 112)
+    ),
     "bits, sparse": Case(pattern="sparse", bias=(1, 2, 1, 70)),
     "bits, all": Case(pattern="all", bias=(1, 1, 70, 70), softcap=5.0),
     "bits, none": Case(pattern="none", bias=(1, 1, 70, 70)),

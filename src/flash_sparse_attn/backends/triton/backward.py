@@ -35,6 +35,7 @@ from .inputs import (
     pair_tensors,
     plan_flags,
     query_tiles,
+    shares_bias,
     words_of_tile,
 )
 from .launch import launch
@@ -197,6 +198,7 @@ def _run_grad_key(
                 GROUP_PAD=triton.next_power_of_2(members), D=head_dim,
                 BLOCK_D=padded_head_dim(head_dim), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
                 STAGES=config.num_stages, **plan_flags(plan), ROWS=has_rows(plan, call),
+                SHARED=shares_bias(plan, call, config.block_m, group),
                 WORDS=words_of_tile(config.block_m, group), **call.flags, **flags,
                 PACKED=plan.epochs is not None, ALIGNED=is_aligned(query),
                 ALIGNED_KV=is_aligned(key, value), GRAD_ALIGNED=is_aligned(saved.grad_out),

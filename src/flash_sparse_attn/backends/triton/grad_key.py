@@ -16,8 +16,10 @@ import triton.language as tl
 
 from .tiles import (
     NUMBERS,
+    bias_of_tile,
     bits_see,
     epoch_bounds,
+    for_heads,
     key_bounds,
     load_grads,
     load_rows,
@@ -37,10 +39,10 @@ _INF = tl.constexpr(float("inf"))
 
 @triton.jit
 def _add_tile(
-    k, v, bias, start, expiry, grad_k, grad_v, grad_bias, i_tile, i_batch, i_head, first, num,
-    position, slot, key, num_keys, tiles_q, tiles_grad, ptr_peak, ptr_share, ptr_delta, ptr_bits,
-    num_words, num_slots, ptr_slot_bias, ptr_bias, ptr_mask, stride_member, sqn, sqh, sgn, sgh,
-    sgd, sbg, sbq, sbn, smg, smq, smn, scale, softcap,
+    k, v, bias, start, expiry, grad_k, grad_v, grad_bias, pair, i_tile, following, is_one, i_batch,
+    i_head, first, num, position, slot, key, num_keys, tiles_q, tiles_grad, ptr_peak, ptr_share,
+    ptr_delta, ptr_bits, num_words, num_slots, ptr_slot_bias, ptr_bias, ptr_mask, stride_member,
+    sqn, sqh, sgn, sgh, sgd, sbg, sbq, sbn, smg, smq, smn, scale, softcap,
     MASKED: tl.constexpr,
     SLOTS: tl.constexpr,
     HAS_MASK: tl.constexpr,
@@ -53,6 +55,7 @@ def _add_tile(
     BLOCK_M: tl.constexpr,
     KEY_BIAS: tl.constexpr,
     PAIR_BIAS: tl.constexpr,
+    SHARED: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     NEEDS_KEY: tl.constexpr,
     NEEDS_VALUE: tl.constexpr,
@@ -63,7 +66,12 @@ def _add_tile(
     TMA_Q: tl.constexpr,
     TMA_GRAD: tl.constexpr,
 ):  # fmt: skip
-    """Add the contribution of one query tile to the gradients of a block of slots."""
+    """Add the contribution of one query tile to the gradients of a block of slots.
+
+    `pair`, `following` and `is_one` as in `forward.py`.
+    """
+    FETCHED: tl.constexpr = PAIR_BIAS and SLOTS == "gathered"
+    HIDES: tl.constexpr = MASKED and not FETCHED
     row, i_query, i_group = tile_rows(i_tile, GROUP, BLOCK_M)  # [M]
     mask_row = row < num * GROUP
     at = position + i_query
@@ -82,17 +90,9 @@ def _add_tile(
         grad = grad.reshape(BLOCK_M, BLOCK_D)
     else:
         grad = load_grads(
-            tiles_grad,
-            first + i_query,
-            offs_head,
-            sgn,
-            sgh,
-            sgd,
-            mask_row,
-            D,
-            BLOCK_D,
+            tiles_grad, first + i_query, offs_head, sgn, sgh, sgd, mask_row, D, BLOCK_D,
             GRAD_ALIGNED,
-        ).to(q.dtype)  # [M, D]
+        ).to(q.dtype)  # [M, D]  # fmt: skip
     # The last tile of an epoch may be short: what it lacks has no probability. Selections meet it
     # with `MASKED`, since these conditions are an eighth to a fifth of the other loop.
     SHORT: tl.constexpr = MASKED or SLOTS == "gathered"
@@ -112,7 +112,7 @@ def _add_tile(
         else:
             offs = (key.to(tl.int64) * sbn)[:, None] + (i_group * sbg)[None, :]
             scores += log2_bias(tl.load(ptr_bias + offs, mask=(key >= 0)[:, None], other=0.0))
-    if MASKED:
+    if HIDES:
         if SLOTS == "gathered":
             word_0 = i_tile * BLOCK_M // GROUP // 32
             sees = bits_see(
@@ -131,19 +131,26 @@ def _add_tile(
                 else:
                     offs = (key.to(tl.int64) * smn)[:, None] + offs[None, :]
                     sees &= tl.load(ptr_mask + offs, mask=sees, other=0) != 0
-    if PAIR_BIAS:
+    if FETCHED:
+        read = for_heads(pair, GROUP if SHARED else 1, True)
+        scores = tl.where(read == -_INF, -_INF, scores + log2_bias(read))
+        pair = bias_of_tile(
+            following, is_one, first, num, slot, key, ptr_bits, num_words, num_slots, ptr_bias,
+            sbg, sbq, sbn, MASKED, SHARED, MEMBERS, WORDS, GROUP, BLOCK_M,
+        )  # fmt: skip
+    elif PAIR_BIAS:
         offs = row_offsets(i_group, sbg, ROWS) + row_offsets(first + i_query, sbq, ROWS)
         if ROWS:
             near = near_rows(slot, at, mask_row, num_keys, MASKED, CLAMPS, True)
-            pair = tl.load(ptr_bias + (offs[None, :] + slot[:, None]), mask=near, other=0.0)
+            read = tl.load(ptr_bias + (offs[None, :] + slot[:, None]), mask=near, other=0.0)
         else:
             seen = (key >= 0)[:, None] & mask_row[None, :]
             if MASKED:
                 seen &= sees
             offs = (key.to(tl.int64) * sbn)[:, None] + offs[None, :]
-            pair = tl.load(ptr_bias + offs, mask=seen, other=0.0)
-        scores += log2_bias(pair)
-    if MASKED:
+            read = tl.load(ptr_bias + offs, mask=seen, other=0.0)
+        scores += log2_bias(read)
+    if HIDES:
         scores = tl.where(sees, scores, -_INF)
     probs = tl.exp2(scores - peak[None, :]) * share[None, :]
     if NEEDS_VALUE:
@@ -154,7 +161,7 @@ def _add_tile(
         else:
             delta = tl.load(ptr_delta + row)  # [M]
         grad_scores = probs * (tl.dot(v, tl.trans(grad)) - delta[None, :])  # [N, M]
-        if HAS_MASK and MASKED:
+        if HAS_MASK and HIDES:
             grad_scores = tl.where(sees, grad_scores, 0.0)  # a hidden key may hold NaN
         if NEEDS_BIAS:
             if KEY_BIAS == "head":
@@ -168,7 +175,7 @@ def _add_tile(
             if HAS_SOFTCAP:
                 grad_scores *= 1.0 - tanh * tanh
             grad_k = tl.dot(grad_scores.to(q.dtype), q, grad_k)
-    return grad_k, grad_v, grad_bias
+    return grad_k, grad_v, grad_bias, pair
 
 
 @triton.jit
@@ -217,6 +224,7 @@ def _own_block(
     WORDS: tl.constexpr,
     KEY_BIAS: tl.constexpr,
     PAIR_BIAS: tl.constexpr,
+    SHARED: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     NEEDS_KEY: tl.constexpr,
     NEEDS_VALUE: tl.constexpr,
@@ -292,12 +300,8 @@ def _own_block(
         ptr_delta += (i_row * query_len + first) * GROUP
         ptr_k += row_offsets(i_batch, skb, ALIGNED_KV) + row_offsets(i_head, skh, ALIGNED_KV)
         ptr_v += row_offsets(i_batch, svb, ALIGNED_KV) + row_offsets(i_head, svh, ALIGNED_KV)
-        k = load_rows(
-            ptr_k, row_offsets(key, skn, ALIGNED_KV), key >= 0, D, BLOCK_D, True
-        )  # [N, D]
-        v = load_rows(
-            ptr_v, row_offsets(key, svn, ALIGNED_KV), key >= 0, D, BLOCK_D, True
-        )  # [N, D]
+        k = load_rows(ptr_k, row_offsets(key, skn, ALIGNED_KV), key >= 0, D, BLOCK_D, True)
+        v = load_rows(ptr_v, row_offsets(key, svn, ALIGNED_KV), key >= 0, D, BLOCK_D, True)
         bias = tl.zeros([BLOCK_N], tl.float32)
         grad_bias = tl.zeros([BLOCK_N], tl.float32)
         stride_member = num_lists.to(tl.int64) * num_slots
@@ -323,34 +327,55 @@ def _own_block(
         grad_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         grad_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         # The conditions keep wgmma asynchronous, see `forward.py`.
+        FETCHED: tl.constexpr = PAIR_BIAS and SLOTS == "gathered"
         if full_0 < full_1:
+            pair = 0
+            if FETCHED:
+                pair = bias_of_tile(
+                    tl.load(ptr_lists + 2), True, first, num, slot, key, ptr_bits, num_words,
+                    num_slots, ptr_bias, sbg, sbq, sbn, False, SHARED, MEMBERS, WORDS, GROUP,
+                    BLOCK_M,
+                )  # fmt: skip
             for i in tl.range(full_0, full_1, num_stages=STAGES):
-                tile = tl.load(ptr_lists + 2 + i) if SLOTS == "gathered" else i
-                grad_k, grad_v, grad_bias = _add_tile(
-                    k, v, bias, start, expiry, grad_k, grad_v, grad_bias, tile, i_batch, i_head,
-                    first, num, position, slot, key, num_keys, tiles_q, tiles_grad, ptr_peak,
-                    ptr_share, ptr_delta, ptr_bits, num_words, num_slots, ptr_slot_bias, ptr_bias,
-                    ptr_mask,
-                    stride_member, sqn, sqh, sgn, sgh, sgd, sbg, sbq, sbn, smg, smq, smn, scale,
-                    softcap, False, SLOTS, HAS_MASK, ROWS, MEMBERS, WORDS, GROUP, D, BLOCK_D,
-                    BLOCK_M, KEY_BIAS, PAIR_BIAS, HAS_SOFTCAP, NEEDS_KEY, NEEDS_VALUE, NEEDS_BIAS,
-                    CLAMPS, ALIGNED, GRAD_ALIGNED, TMA_Q, TMA_GRAD,
+                tile, following = i, i
+                if SLOTS == "gathered":
+                    tile = tl.load(ptr_lists + 2 + i)
+                    following = tl.load(ptr_lists + 2 + tl.minimum(i + 1, full_1 - 1))
+                grad_k, grad_v, grad_bias, pair = _add_tile(
+                    k, v, bias, start, expiry, grad_k, grad_v, grad_bias, pair, tile, following,
+                    i + 1 < full_1, i_batch, i_head, first, num, position, slot, key, num_keys,
+                    tiles_q, tiles_grad, ptr_peak, ptr_share, ptr_delta, ptr_bits, num_words,
+                    num_slots, ptr_slot_bias, ptr_bias, ptr_mask, stride_member, sqn, sqh, sgn, sgh,
+                    sgd, sbg, sbq, sbn, smg, smq, smn, scale, softcap, False, SLOTS, HAS_MASK, ROWS,
+                    MEMBERS, WORDS, GROUP, D, BLOCK_D, BLOCK_M, KEY_BIAS, PAIR_BIAS, SHARED,
+                    HAS_SOFTCAP, NEEDS_KEY, NEEDS_VALUE, NEEDS_BIAS, CLAMPS, ALIGNED, GRAD_ALIGNED,
+                    TMA_Q, TMA_GRAD,
                 )  # fmt: skip
         if num_border > 0:
+            pair = 0
+            if FETCHED:
+                pair = bias_of_tile(
+                    tl.load(ptr_lists + 2 + full_1), True, first, num, slot, key, ptr_bits,
+                    num_words, num_slots, ptr_bias, sbg, sbq, sbn, True, SHARED, MEMBERS, WORDS,
+                    GROUP, BLOCK_M,
+                )  # fmt: skip
             for i in tl.range(0, num_border, num_stages=STAGES):
                 if SLOTS == "gathered":
                     tile = tl.load(ptr_lists + 2 + full_1 + i)
+                    last = full_1 + num_border - 1
+                    following = tl.load(ptr_lists + 2 + tl.minimum(full_1 + i + 1, last))
                 else:
                     tile = tl.where(i < num_before, tile_0 + i, full_1 - num_before + i)
-                grad_k, grad_v, grad_bias = _add_tile(
-                    k, v, bias, start, expiry, grad_k, grad_v, grad_bias, tile, i_batch, i_head,
-                    first, num, position, slot, key, num_keys, tiles_q, tiles_grad, ptr_peak,
-                    ptr_share, ptr_delta, ptr_bits, num_words, num_slots, ptr_slot_bias, ptr_bias,
-                    ptr_mask,
-                    stride_member, sqn, sqh, sgn, sgh, sgd, sbg, sbq, sbn, smg, smq, smn, scale,
-                    softcap, True, SLOTS, HAS_MASK, ROWS, MEMBERS, WORDS, GROUP, D, BLOCK_D,
-                    BLOCK_M, KEY_BIAS, PAIR_BIAS, HAS_SOFTCAP, NEEDS_KEY, NEEDS_VALUE, NEEDS_BIAS,
-                    CLAMPS, ALIGNED, GRAD_ALIGNED, TMA_Q, TMA_GRAD,
+                    following = tile
+                grad_k, grad_v, grad_bias, pair = _add_tile(
+                    k, v, bias, start, expiry, grad_k, grad_v, grad_bias, pair, tile, following,
+                    i + 1 < num_border, i_batch, i_head, first, num, position, slot, key, num_keys,
+                    tiles_q, tiles_grad, ptr_peak, ptr_share, ptr_delta, ptr_bits, num_words,
+                    num_slots, ptr_slot_bias, ptr_bias, ptr_mask, stride_member, sqn, sqh, sgn, sgh,
+                    sgd, sbg, sbq, sbn, smg, smq, smn, scale, softcap, True, SLOTS, HAS_MASK, ROWS,
+                    MEMBERS, WORDS, GROUP, D, BLOCK_D, BLOCK_M, KEY_BIAS, PAIR_BIAS, SHARED,
+                    HAS_SOFTCAP, NEEDS_KEY, NEEDS_VALUE, NEEDS_BIAS, CLAMPS, ALIGNED, GRAD_ALIGNED,
+                    TMA_Q, TMA_GRAD,
                 )  # fmt: skip
 
         out = (i_local * num_epochs + i_epoch) * num_slots + slot
@@ -412,6 +437,7 @@ def grad_key_kernel(
     WORDS: tl.constexpr,
     KEY_BIAS: tl.constexpr,
     PAIR_BIAS: tl.constexpr,
+    SHARED: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     NEEDS_KEY: tl.constexpr,
     NEEDS_VALUE: tl.constexpr,
@@ -441,9 +467,9 @@ def grad_key_kernel(
                 num_tiles, num_blocks, old_slots, num_slots, row_0, plan_b, plan_h, sqb, sqn, sqh,
                 skb, skn, skh, svb, svn, svh, sgb, sgn, sgh, sgd, sbb, sbk, sbg, sbq, sbn, smb, smk,
                 smg, smq, smn, HEADS_KV, GROUP, GROUP_PAD, D, BLOCK_D, BLOCK_M, BLOCK_N, STAGES,
-                SLOTS, HAS_MASK, ROWS, MEMBERS, WORDS, KEY_BIAS, PAIR_BIAS, HAS_SOFTCAP, NEEDS_KEY,
-                NEEDS_VALUE, NEEDS_BIAS, CLAMPS, PACKED, ALIGNED, ALIGNED_KV, GRAD_ALIGNED, TMA_Q,
-                TMA_GRAD,
+                SLOTS, HAS_MASK, ROWS, MEMBERS, WORDS, KEY_BIAS, PAIR_BIAS, SHARED, HAS_SOFTCAP,
+                NEEDS_KEY, NEEDS_VALUE, NEEDS_BIAS, CLAMPS, PACKED, ALIGNED, ALIGNED_KV,
+                GRAD_ALIGNED, TMA_Q, TMA_GRAD,
             )  # fmt: skip
     else:
         _own_block(
@@ -454,6 +480,6 @@ def grad_key_kernel(
             num_blocks, old_slots, num_slots, row_0, plan_b, plan_h, sqb, sqn, sqh, skb, skn, skh,
             svb, svn, svh, sgb, sgn, sgh, sgd, sbb, sbk, sbg, sbq, sbn, smb, smk, smg, smq, smn,
             HEADS_KV, GROUP, GROUP_PAD, D, BLOCK_D, BLOCK_M, BLOCK_N, STAGES, SLOTS, HAS_MASK, ROWS,
-            MEMBERS, WORDS, KEY_BIAS, PAIR_BIAS, HAS_SOFTCAP, NEEDS_KEY, NEEDS_VALUE, NEEDS_BIAS,
-            CLAMPS, PACKED, ALIGNED, ALIGNED_KV, GRAD_ALIGNED, TMA_Q, TMA_GRAD,
+            MEMBERS, WORDS, KEY_BIAS, PAIR_BIAS, SHARED, HAS_SOFTCAP, NEEDS_KEY, NEEDS_VALUE,
+            NEEDS_BIAS, CLAMPS, PACKED, ALIGNED, ALIGNED_KV, GRAD_ALIGNED, TMA_Q, TMA_GRAD,
         )  # fmt: skip

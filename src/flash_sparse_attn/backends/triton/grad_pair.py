@@ -1,8 +1,9 @@
 """The gradient of a bias that depends on the query, summed over what it is broadcast over.
 
 The dQ kernel stores the gradient of the scores of each slot, for some query tiles of all rows at a
-time. `spread_kernel` then owns the elements of the bias: it adds the heads and batch entries that
-share one in a fixed order in fp32, rounds once, and writes zeros where nobody sees the key.
+time, the queries of a slot side by side: a thread reads those of a key, if there are any, at once.
+`spread_kernel` then owns the elements of the bias: it adds the heads and batch entries that share
+one in a fixed order in fp32, rounds once, and writes zeros where nobody sees the key.
 """
 
 from __future__ import annotations
@@ -12,15 +13,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...intervals import NEVER
 from ...plan import Plan
 from .config import TileConfig
-from .grad_query import Saved, num_query_tiles, run_grad_query
-from .inputs import Bias, Call
+from .grad_query import num_query_tiles, run_grad_query
+from .inputs import Bias, Call, Saved
 from .launch import launch
-from .tiles import NUMBERS, row_and_rest
+from .tiles import NUMBERS, row_and_rest, row_offsets
 
-_BUFFER = 1 << 30  # bytes, if one tile of all rows takes no more
-_KEYS = 256  # keys of one program
+_NEVER = tl.constexpr(NEVER)
+_BUFFER = 1 << 30  # bytes, unless the gradient itself or one tile of all rows takes more
+_KEYS = 512  # keys of one program,
+_QUERIES = 32  # its queries, where it has enough company,
+_TOGETHER = 8  # and those that it loads and stores at a time
+_PROGRAMS = 1024  # so many are company enough
+_WARPS = 4
 
 
 @triton.jit(do_not_specialize=("num_slots", "key_len"))
@@ -39,25 +46,94 @@ def inverse_kernel(
             tl.store(ptr_use_slot + i_list * key_len + key, slot, mask=live)
 
 
+@triton.jit
+def _slots_and_views(
+    ptr_use_slot, ptr_start, ptr_expiry, ptr_bits, plan_list, key, live_k, key_len, num_slots,
+    num_words, i_word, member,
+    SLOTS: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    HEAD_ROWS: tl.constexpr,
+    CLAMPS: tl.constexpr,
+):  # fmt: skip
+    """The slot of each key ``[K']``, and who sees it: a word (twice), or positions from and to.
+
+    The word is that of one head or, without `HEAD_ROWS`, of any head of the KV head.
+    """
+    slot = key
+    if SLOTS != "keys":
+        slot = tl.load(ptr_use_slot + plan_list * key_len + key, mask=live_k, other=-1)
+    used = live_k & (slot >= 0)
+    if SLOTS == "gathered":
+        rows = plan_list * MEMBERS
+        ptrs = ptr_bits + slot
+        if HEAD_ROWS and MEMBERS > 1:
+            word = tl.load(
+                ptrs + ((rows + member) * num_words + i_word) * num_slots, mask=used, other=0
+            )
+        else:
+            word = tl.zeros(key.shape, tl.int32)
+            for each in tl.static_range(MEMBERS):
+                offs = ((rows + each) * num_words + i_word) * num_slots
+                word |= tl.load(ptrs + offs, mask=used, other=0)
+        return slot, word, word
+    elif SLOTS == "copied":
+        ptrs = ptr_start + plan_list * num_slots + slot
+        start = tl.load(ptrs, mask=used, other=0)
+        ptrs = ptr_expiry + plan_list * num_slots + slot
+        return slot, start, tl.load(ptrs, mask=used, other=0)
+    else:
+        start = key * 0 if CLAMPS else key
+        return slot, start, tl.where(used, _NEVER, 0)
+
+
+@triton.jit
+def _load_pairs(
+    ptr_pairs, tile, row, num_slots, slot, view, end, i_bit, at_first, at_last,
+    SLOTS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOGETHER: tl.constexpr,
+):  # fmt: skip
+    """Gradients of some queries ``[Q']``, for each key that any of them sees, and 0 elsewhere."""
+    if SLOTS == "gathered":
+        near = ((view >> i_bit) & ((1 << TOGETHER) - 1)) != 0
+    else:
+        near = (view <= at_last) & (at_first < end)
+    tile += row // TILE_ROWS
+    row_0 = row % TILE_ROWS
+    if ROWS == 1:
+        row_0 = tl.multiple_of(row_0, TOGETHER)
+    row = row_0 + tl.arange(0, TOGETHER) * ROWS
+    ptrs = ptr_pairs + tile * num_slots * TILE_ROWS + row[:, None] + (slot * TILE_ROWS)[None, :]
+    return tl.load(ptrs, mask=near[None, :], other=0.0)
+
+
 @triton.jit(do_not_specialize=NUMBERS)
 def spread_kernel(
     ptr_pairs, ptr_grad_bias, ptr_use_slot, ptr_start, ptr_expiry, ptr_bits, query_len, key_len,
-    epoch_len, num_epochs, num_lists, num_slots, unit_0, units_now, unit_len, unit_rows,
+    epoch_len, num_epochs, num_lists, num_slots, unit_0, units_now, unit_len, num_tiles,
     units_of_epoch, num_batches, num_blocks, plan_b, plan_h,
     HEADS_KV: tl.constexpr,
     GROUP: tl.constexpr,
     BIAS_BATCHES: tl.constexpr,
     BIAS_HEADS: tl.constexpr,
     HEAD_ROWS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    SUMS: tl.constexpr,
     SLOTS: tl.constexpr,
     MEMBERS: tl.constexpr,
     CLAMPS: tl.constexpr,
+    ALIGNED: tl.constexpr,
     QUERIES: tl.constexpr,
+    TOGETHER: tl.constexpr,
     KEYS: tl.constexpr,
 ):  # fmt: skip
     """One program per (batch entry and head of the bias, queries of a unit, block of keys).
 
-    A unit is what the buffer is cut into: the queries of a tile, or of an epoch.
+    A unit is what the buffer is cut into: the queries of a tile, or of an epoch with `num_tiles`
+    tiles. `TOGETHER` queries, which lie in one tile, are loaded and stored at a time. Where none of
+    the program's queries can see a key zeros are stored at once. `SUMS`: an element is the sum of
+    several. `ALIGNED` promises that a row of the bias has a multiple of 8 keys.
     """
     subs = unit_len // QUERIES
     i_plane, rest = row_and_rest(units_now * subs * num_blocks)
@@ -65,15 +141,12 @@ def spread_kernel(
     i_unit, i_sub = rest // subs, rest % subs
     i_epoch = (unit_0 + i_unit) // units_of_epoch
     unit_query = (unit_0 + i_unit) % units_of_epoch * unit_len
-    query_0 = unit_query + i_sub * QUERIES
+    query_0 = unit_query + i_sub * QUERIES  # of the epoch
     first = i_epoch * epoch_len
-    query = query_0 + tl.arange(0, QUERIES)  # [Q'] of the epoch
-    live_q = (query < epoch_len) & (first + query < query_len)
-    at = first + query + key_len - query_len
-    if CLAMPS:
-        at = tl.maximum(at, 0)
+    num = tl.minimum(epoch_len, query_len - first)
+    position = first + key_len - query_len
     key = i_block * KEYS + tl.arange(0, KEYS)  # [K']
-    live_k = key < key_len
+    live_k = (key // 8 * 8 if ALIGNED else key) < key_len  # as both ends of a row are aligned
     batch_0, num_entries = i_plane // BIAS_HEADS, num_batches // BIAS_BATCHES
     bias_head = i_plane % BIAS_HEADS
     head_0 = bias_head * HEADS_KV // BIAS_HEADS
@@ -81,41 +154,65 @@ def spread_kernel(
     HEADS_NOW: tl.constexpr = 1 if BIAS_HEADS >= HEADS_KV else HEADS_KV
     MEMBERS_NOW: tl.constexpr = 1 if BIAS_HEADS > HEADS_KV else ROWS
     member_0 = bias_head % GROUP if BIAS_HEADS > HEADS_KV else 0
+    i_list = i_epoch % num_lists
+    num_words, i_word = epoch_len // 32, query_0 // 32  # the queries lie in one word
 
-    total = tl.zeros([QUERIES, KEYS], tl.float32)
-    for i in range(0, num_entries * HEADS_NOW):
-        i_batch, i_head = batch_0 + i // HEADS_NOW, head_0 + i % HEADS_NOW
-        plan_list = (i_batch * plan_b + i_head * plan_h) * num_lists
-        plan_list += i_epoch % num_lists
-        slot = key
-        if SLOTS != "keys":
-            slot = tl.load(ptr_use_slot + plan_list * key_len + key, mask=live_k, other=-1)
-        used = live_k & (slot >= 0)
-        if SLOTS == "gathered":
-            # The queries lie in one word.
-            word = tl.zeros([KEYS], tl.int32)
-            for member in tl.static_range(MEMBERS):
-                out = (plan_list * MEMBERS + member) * (epoch_len // 32) + query_0 // 32
-                word |= tl.load(ptr_bits + out * num_slots + slot, mask=used, other=0)
-            sees = ((word[None, :] >> (query % 32)[:, None]) & 1) != 0
-        elif SLOTS == "copied":
-            start = tl.load(ptr_start + plan_list * num_slots + slot, mask=used, other=0)
-            expiry = tl.load(ptr_expiry + plan_list * num_slots + slot, mask=used, other=0)
-            sees = (start[None, :] <= at[:, None]) & (at[:, None] < expiry[None, :])
-        else:
-            sees = used[None, :] & ((key[None, :] <= at[:, None]) | CLAMPS)
-        sees = sees & live_q[:, None]
-        row = (i_batch * HEADS_KV + i_head) * units_now + i_unit
-        row = row * unit_rows + (query - unit_query) * ROWS + member_0
-        for member in tl.static_range(MEMBERS_NOW):
-            ptrs = ptr_pairs + ((row + member) * num_slots)[:, None] + slot[None, :]
-            total += tl.load(ptrs, mask=sees, other=0.0).to(tl.float32)
-    out = (i_plane * query_len + first + query) * key_len
-    tl.store(
-        ptr_grad_bias + out[:, None] + key[None, :],
-        total.to(ptr_grad_bias.dtype.element_ty),
-        mask=live_q[:, None] & live_k[None, :],
-    )
+    offs_q = tl.arange(0, TOGETHER)  # [Q']
+    row_0 = i_plane * query_len + first
+    offs_out = row_offsets(offs_q, key_len, ALIGNED)[:, None] + key[None, :]
+    last = tl.minimum(query_0 + QUERIES, num) - 1
+    is_seen = query_0 <= last
+    if not CLAMPS:
+        is_seen = is_seen & (i_block * KEYS <= position + last)
+    if is_seen:
+        if not SUMS:
+            slot, view, end = _slots_and_views(
+                ptr_use_slot, ptr_start, ptr_expiry, ptr_bits,
+                (batch_0 * plan_b + head_0 * plan_h) * num_lists + i_list, key, live_k, key_len,
+                num_slots, num_words, i_word, member_0, SLOTS, MEMBERS, HEAD_ROWS, CLAMPS,
+            )  # fmt: skip
+        for i_query in range(query_0, query_0 + QUERIES, TOGETHER):
+            at_first = position + i_query
+            at_last = position + tl.minimum(i_query + TOGETHER, num) - 1
+            if CLAMPS:
+                at_first, at_last = tl.maximum(at_first, 0), tl.maximum(at_last, 0)
+            if SUMS:
+                total = tl.zeros([TOGETHER, KEYS], tl.float32)
+                for i in range(0, num_entries * HEADS_NOW):
+                    i_batch, i_head = batch_0 + i // HEADS_NOW, head_0 + i % HEADS_NOW
+                    plan_list = (i_batch * plan_b + i_head * plan_h) * num_lists + i_list
+                    tile = ((i_batch * HEADS_KV + i_head) * units_now + i_unit) * num_tiles
+                    for member in tl.static_range(MEMBERS_NOW):
+                        slot, view, end = _slots_and_views(
+                            ptr_use_slot, ptr_start, ptr_expiry, ptr_bits, plan_list, key, live_k,
+                            key_len, num_slots, num_words, i_word, member_0 + member, SLOTS,
+                            MEMBERS, HEAD_ROWS, CLAMPS,
+                        )  # fmt: skip
+                        row = (i_query - unit_query) * ROWS + member_0 + member
+                        total += _load_pairs(
+                            ptr_pairs, tile, row, num_slots, slot, view, end, i_query % 32,
+                            at_first, at_last, SLOTS, TILE_ROWS, ROWS, TOGETHER,
+                        )  # fmt: skip
+            else:
+                tile = ((batch_0 * HEADS_KV + head_0) * units_now + i_unit) * num_tiles
+                row = (i_query - unit_query) * ROWS + member_0
+                total = _load_pairs(
+                    ptr_pairs, tile, row, num_slots, slot, view, end, i_query % 32, at_first,
+                    at_last, SLOTS, TILE_ROWS, ROWS, TOGETHER,
+                )  # fmt: skip
+            tl.store(
+                ptr_grad_bias + row_offsets(row_0 + i_query, key_len, ALIGNED) + offs_out,
+                total.to(ptr_grad_bias.dtype.element_ty),
+                mask=(i_query + offs_q < num)[:, None] & live_k[None, :],
+            )
+    else:
+        zeros = tl.zeros([TOGETHER, KEYS], ptr_grad_bias.dtype.element_ty)
+        for i_query in range(query_0, query_0 + QUERIES, TOGETHER):
+            tl.store(
+                ptr_grad_bias + row_offsets(row_0 + i_query, key_len, ALIGNED) + offs_out,
+                zeros,
+                mask=(i_query + offs_q < num)[:, None] & live_k[None, :],
+            )
 
 
 def _slots_of_keys(plan: Plan) -> Tensor | None:
@@ -155,32 +252,39 @@ def run_grad_pair(
     tiles_of_unit = 1 if is_cut_by_tile else num_tiles
     units_of_epoch = num_tiles // tiles_of_unit
     unit_len = config.block_m // group if is_cut_by_tile else plan.epoch_len
-    unit_rows = (config.block_m // group if sums_group else config.block_m) * tiles_of_unit
+    tile_rows = config.block_m // group if sums_group else config.block_m
     adds = saved.query.shape[0] // shape[0] * max(1, heads_kv // shape[1])
     adds *= group if shape[1] != num_heads and not sums_group else 1
     part_dtype = dtype if adds == 1 else torch.float32
 
     num_units = plan.num_epochs * units_of_epoch
-    unit_elements = len(saved.rows) * unit_rows * plan.num_slots
-    step = max(1, min(num_units, _BUFFER // (unit_elements * part_dtype.itemsize)))
+    unit_elements = len(saved.rows) * tile_rows * tiles_of_unit * plan.num_slots
+    buffer = max(_BUFFER, grad_bias.nbytes)
+    step = max(1, min(num_units, buffer // (unit_elements * part_dtype.itemsize)))
     pairs = torch.empty(step * unit_elements, dtype=part_dtype, device=grad_bias.device)
     use_slot = _slots_of_keys(plan)
-    queries = min(16, unit_len & -unit_len)
-    key_blocks = triton.cdiv(plan.key_len, _KEYS)
+    keys = min(_KEYS, max(256, triton.next_power_of_2(plan.key_len)))
+    key_blocks = triton.cdiv(plan.key_len, keys)
+    planes = shape[0] * shape[1]
+    queries = min(_QUERIES, unit_len & -unit_len)
+    # Queries that are loaded together lie in one tile.
+    together = min(_TOGETHER, queries) if is_cut_by_tile else 1
+    while queries > together and planes * step * unit_len // queries * key_blocks < _PROGRAMS:
+        queries //= 2
     for unit in range(0, num_units, step):
         now = min(step, num_units - unit)
         run_grad_query(
             plan, saved, call, config, grad_query, pairs, "group" if sums_group else "head",
             range(unit * tiles_of_unit, (unit + now) * tiles_of_unit),
         )  # fmt: skip
-        planes = shape[0] * shape[1]
         launch(spread_kernel, planes * now * (unit_len // queries) * key_blocks)(
             pairs, grad_bias, use_slot, plan.slot_start, plan.slot_expiry, plan.slot_bits,
             plan.query_len, plan.key_len, plan.epoch_len, plan.num_epochs, plan.num_lists,
-            plan.num_slots, unit, now, unit_len, unit_rows, units_of_epoch, saved.query.shape[0],
-            key_blocks, *plan.row_strides(heads_kv), HEADS_KV=heads_kv, GROUP=group,
-            BIAS_BATCHES=shape[0], BIAS_HEADS=shape[1], HEAD_ROWS=not sums_group,
-            SLOTS=plan.slots, MEMBERS=plan.members, CLAMPS=plan.clamps_positions, QUERIES=queries,
-            KEYS=_KEYS, num_warps=4,
+            plan.num_slots, unit, now, unit_len, tiles_of_unit, units_of_epoch,
+            saved.query.shape[0], key_blocks, *plan.row_strides(heads_kv), HEADS_KV=heads_kv,
+            GROUP=group, BIAS_BATCHES=shape[0], BIAS_HEADS=shape[1], HEAD_ROWS=not sums_group,
+            TILE_ROWS=tile_rows, SUMS=adds > 1, SLOTS=plan.slots, MEMBERS=plan.members,
+            CLAMPS=plan.clamps_positions, ALIGNED=plan.key_len % 8 == 0, QUERIES=queries,
+            TOGETHER=together, KEYS=keys, num_warps=_WARPS,
         )  # fmt: skip
     return grad_bias

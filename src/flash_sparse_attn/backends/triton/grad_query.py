@@ -22,6 +22,7 @@ from .inputs import (
     mask_strides,
     plan_flags,
     rest_arguments,
+    shares_bias,
     words_of_tile,
 )
 from .launch import launch
@@ -30,6 +31,7 @@ from .tiles import (
     NUMBERS,
     bits_see,
     epoch_bounds,
+    for_heads,
     gathered_bias,
     key_blocks,
     key_bounds,
@@ -132,7 +134,8 @@ def _add_block(
             offs = (i_group * sbg)[:, None] + (key.to(tl.int64) * sbn)[None, :]
             scores += log2_bias(tl.load(ptr_bias + offs, mask=(key >= 0)[None, :], other=0.0))
     if FETCHED:
-        scores = tl.where(pair == -_INF, -_INF, scores + log2_bias(pair))
+        read = for_heads(pair, scores.shape[0] // pair.shape[0], False)
+        scores = tl.where(read == -_INF, -_INF, scores + log2_bias(read))
         pair = gathered_bias(
             following, is_one, i_query, i_group, mask_row, ptr_key, ptr_bits, word_0, num_words,
             num_slots, ptr_bias, sbn, MASKED, MEMBERS, WORDS, BLOCK_N,
@@ -151,16 +154,18 @@ def _add_block(
     if HIDES:
         scores = tl.where(sees, scores, -_INF)
     probs = tl.exp2(scores - peak[:, None])  # times the row's share
+    if PAIR_GRAD != "none":
+        probs = tl.where(scores == -_INF, 0.0, probs)  # also of rows that hold NaN
     products = tl.dot(grad, tl.trans(v))
     grad_scores = probs * (products * share[:, None] - delta[:, None])  # [M, N]
     if HAS_MASK and HIDES:
         grad_scores = tl.where(sees, grad_scores, 0.0)  # a hidden value may hold NaN
-    if PAIR_GRAD == "group":
-        # The heads of a query lie side by side.
-        pairs = tl.sum(grad_scores.reshape(grad_scores.shape[0] // GROUP, GROUP, BLOCK_N), 1)
-        tl.store(ptr_pairs + slot[None, :], pairs.to(ptr_pairs.dtype.element_ty))
-    elif PAIR_GRAD == "head":
-        tl.store(ptr_pairs + slot[None, :], grad_scores.to(ptr_pairs.dtype.element_ty))
+    if PAIR_GRAD != "none":
+        pairs = tl.where(probs == 0.0, 0.0, grad_scores)  # a hidden value may hold NaN
+        if PAIR_GRAD == "group":
+            # The heads of a query lie side by side.
+            pairs = tl.sum(pairs.reshape(pairs.shape[0] // GROUP, GROUP, BLOCK_N), 1)
+        tl.store(ptr_pairs + (slot * pairs.shape[0])[None, :], pairs.to(ptr_pairs.dtype.element_ty))
     if HAS_SOFTCAP:
         grad_scores *= 1.0 - tanh * tanh
     return tl.dot(grad_scores.to(k.dtype), k, acc), pair
@@ -230,8 +235,7 @@ def _walk(
         for i in tl.range(0, num_border + num_new, num_stages=STAGES):
             if SLOTS == "gathered":
                 block = tl.load(ptr_lists + 2 + num_full + i)
-                last = num_full + num_border - 1
-                following = tl.load(ptr_lists + 2 + tl.minimum(num_full + i + 1, last))
+                following = tl.load(ptr_lists + 2 + tl.minimum(num_full + i + 1, num_old - 1))
             else:
                 block = tl.where(i < num_border, num_full + i, new_block + i)
                 following = block
@@ -293,6 +297,7 @@ def grad_query_kernel(
     KEY_BIAS: tl.constexpr,
     PAIR_BIAS: tl.constexpr,
     PAIR_GRAD: tl.constexpr,
+    SHARED: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     NEEDS_QUERY: tl.constexpr,
     CLAMPS: tl.constexpr,
@@ -337,8 +342,7 @@ def grad_query_kernel(
         at = position + i_query
         if CLAMPS:
             at = tl.maximum(at, 0)
-        num_words = epoch_len // 32
-        word_0 = i_tile * BLOCK_M // GROUP // 32
+        num_words, word_0 = epoch_len // 32, i_tile * BLOCK_M // GROUP // 32
         num_full, num_old, num_new = 0, 0, 0
         if i_tile * BLOCK_M < num * GROUP:
             begin = i_tile * BLOCK_M // GROUP
@@ -359,9 +363,8 @@ def grad_query_kernel(
                 )
                 num_full, num_old = tl.load(ptr_lists), tl.load(ptr_lists + 1)
         offs_q = row_offsets(first + i_query, sqn, ALIGNED) + row_offsets(offs_head, sqh, ALIGNED)
-        q = load_rows(
-            ptr_q + row_offsets(i_batch, sqb, ALIGNED), offs_q, mask_row, D, BLOCK_D, True
-        )
+        ptr_q += row_offsets(i_batch, sqb, ALIGNED)
+        q = load_rows(ptr_q, offs_q, mask_row, D, BLOCK_D, True)
         grad = grad.to(q.dtype)
         slot_base = tl.multiple_of((i_local * num_lists + i_list) * num_slots, 128)
         plan_base = tl.multiple_of((plan_row * num_lists + i_list) * num_slots, 128)
@@ -384,6 +387,10 @@ def grad_query_kernel(
             ALIGNED_BIAS: tl.constexpr = ROWS and PAIR_BIAS
             ptr_bias += row_offsets(i_batch, sbb, ALIGNED_BIAS)
             ptr_bias += row_offsets(i_head, sbk, ALIGNED_BIAS)
+        if SHARED:
+            # The rows of a query read one row of the bias.
+            _, i_query, i_group = tile_rows(i_tile, 1, BLOCK_M // GROUP)
+            mask_row = i_query < num
         if PAIR_BIAS:
             offs = row_offsets(i_group, sbg, ROWS) + row_offsets(first + i_query, sbq, ROWS)
             ptr_bias = ptr_bias + offs[:, None]
@@ -391,13 +398,10 @@ def grad_query_kernel(
             ptr_mask += row_offsets(i_batch, smb, ROWS) + row_offsets(i_head, smk, ROWS)
             offs = row_offsets(i_group, smg, ROWS) + row_offsets(first + i_query, smq, ROWS)
             ptr_mask = ptr_mask + offs[:, None]
-        if PAIR_GRAD == "group":
-            TILE: tl.constexpr = BLOCK_M // GROUP
-            offs_pair = (i_local * num_now + i_now) * TILE + tl.arange(0, TILE)
-            ptr_pairs = ptr_pairs + (offs_pair * num_slots)[:, None]
-        elif PAIR_GRAD == "head":
-            offs_pair = (i_local * num_now + i_now) * BLOCK_M + tl.arange(0, BLOCK_M)
-            ptr_pairs = ptr_pairs + (offs_pair * num_slots)[:, None]
+        if PAIR_GRAD != "none":
+            TILE: tl.constexpr = BLOCK_M // GROUP if PAIR_GRAD == "group" else BLOCK_M
+            slot_0 = (i_local * num_now + i_now) * num_slots
+            ptr_pairs = ptr_pairs + slot_0 * TILE + tl.arange(0, TILE)[:, None]
 
         # As in `forward.py`: keys that nobody in the tile sees are cleared only if NaN came out.
         acc = _walk(
@@ -422,7 +426,7 @@ def grad_query_kernel(
                     BLOCK_M, BLOCK_N, BLOCK_D, STAGES, ALIGNED_KV, TMA,
                 )  # fmt: skip
         if NEEDS_QUERY:
-            store_rows(ptr_grad_q, offs_out, mask_row, acc * softmax_scale, D, BLOCK_D)
+            store_rows(ptr_grad_q, offs_out, row < num * GROUP, acc * softmax_scale, D, BLOCK_D)
 
 
 def num_query_tiles(plan: Plan, saved: Saved, config: TileConfig) -> int:
@@ -446,15 +450,14 @@ def run_grad_query(
         plan, saved, call: Of the call.
         config: Tile sizes.
         grad_query: ``[B, Q, H, D]``, contiguous, or ``None`` if it is not asked for.
-        pairs: ``[B * Hkv, tiles, rows, P]`` for the gradient of the scores of each slot, or
+        pairs: ``[B * Hkv, tiles, P, rows]`` for the gradient of the scores of each slot, or
             ``None``. Blocks of slots that a tile does not see are not written.
         pair_grad: ``"head"`` if it has `block_m` rows for a tile, ``"group"`` if one for each
             query, summed over the heads of a KV head.
         tiles: Numbers of tiles, those of all epochs one after the other; default all.
     """
     query, key, value = saved.query, saved.key, saved.value
-    heads_kv, head_dim = key.shape[2], key.shape[3]
-    group = saved.group
+    heads_kv, head_dim, group = key.shape[2], key.shape[3], saved.group
     num_tiles = num_query_tiles(plan, saved, config)
     tiles = tiles or range(plan.num_epochs * num_tiles)
     lists = tile_lists(plan, group, num_tiles, config.block_m, config.block_n)
@@ -476,8 +479,9 @@ def run_grad_query(
             *mask_strides(plan, heads_kv, group), HEADS_KV=heads_kv, GROUP=group, D=head_dim,
             SLOT_D=slot_dim(head_dim), BLOCK_D=padded_head_dim(head_dim), BLOCK_M=config.block_m,
             BLOCK_N=config.block_n, STAGES=config.num_stages, **plan_flags(plan),
-            ROWS=has_rows(plan, call), WORDS=words_of_tile(config.block_m, group), **call.flags,
-            PAIR_GRAD=pair_grad, NEEDS_QUERY=grad_query is not None, PACKED=plan.epochs is not None,
+            ROWS=has_rows(plan, call), SHARED=shares_bias(plan, call, config.block_m, group),
+            WORDS=words_of_tile(config.block_m, group), **call.flags, PAIR_GRAD=pair_grad,
+            NEEDS_QUERY=grad_query is not None, PACKED=plan.epochs is not None,
             ALIGNED=is_aligned(query), ALIGNED_KV=is_aligned(key, value),
             GRAD_ALIGNED=is_aligned(saved.grad_out), TMA=uses_tma, **config.options,
         )  # fmt: skip

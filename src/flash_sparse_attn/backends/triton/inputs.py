@@ -95,6 +95,22 @@ def rest_arguments(out: Tensor, out_rest: Tensor | None) -> tuple[Tensor, int]:
     return (out, 0) if out_rest is None else (out_rest, 1)
 
 
+def shares_bias(plan: Plan, call: Call, block_m: int, group: int) -> bool:
+    """Whether the rows of a query in a tile see the same gathered slots with the same bias.
+
+    Then tiles of `block_m` rows gather it once for the `group` heads of a KV head.
+    """
+    return (
+        plan.slots == "gathered"
+        and plan.members == 1
+        and call.bias is not None
+        and call.bias.kind == "pair"
+        and call.bias.strides[2] == 0
+        and group > 1
+        and block_m % group == 0
+    )
+
+
 def plan_flags(plan: Plan) -> dict[str, Any]:
     """The constants that choose a kernel's variant for a plan."""
     return {

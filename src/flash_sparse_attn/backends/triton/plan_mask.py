@@ -25,7 +25,7 @@ from .inputs import broadcast_strides
 from .launch import launch, repeat_call
 from .masks import MaskLayout
 from .select_rows import sequence_of
-from .tiles import NUMBERS, row_and_rest
+from .tiles import NUMBERS, row_and_rest, row_offsets
 
 _NEVER = tl.constexpr(NEVER)
 _ALIGN = tl.constexpr(SLOT_ALIGN)
@@ -33,8 +33,9 @@ _ALIGN = tl.constexpr(SLOT_ALIGN)
 _SCANNED = 4096  # keys that one program looks at together
 _COUNTED = 16384  # bytes of a mask over keys that one program counts together
 _OWNED = 1024  # keys of a mask over keys that one program gives slots
-_PACKED = 512  # keys of one program that packs
-_PROGRAMS = 2048  # programs of one warp that keep a GPU busy with reading
+_PACKED = 512  # keys of one program that packs: of one warp, 16 of each of its threads
+_PROGRAMS = 8192  # so many, with those that causality leaves idle, keep a GPU reading; if need be,
+_PARTS = 16  # the words of an epoch are cut into so many parts
 
 
 @triton.jit
@@ -45,30 +46,41 @@ def _epoch(i_epoch, query_len, key_len, epoch_len):
 
 
 @triton.jit
-def _pack_quads(ptr_quads, at, stride, SIZE: tl.constexpr):
-    """Words of 4 `SIZE` keys from 32 rows of bytes that are 0 or 1, read 4 at a time.
+def _pack_quads(
+    ptr_quads, at, stride, key_0, query, num, position, key_len,
+    CAUSAL: tl.constexpr,
+    SIZE: tl.constexpr,
+):  # fmt: skip
+    """Words of 4 `SIZE` keys from 32 rows of bytes that are 0 or 1, read 16 at a time.
 
-    8 rows fit the bits of a byte, so that a shift and an OR serve 4 keys.
+    8 rows fit the bits of a byte, so that a shift and a sum serve 4 keys. With causality nothing
+    after the diagonal is read but what shares 16 bytes with something before it.
     """
     quad = tl.arange(0, SIZE)  # [SIZE]
-    at = tl.multiple_of(at, 16)
-    for part in tl.static_range(4):
+    key = key_0 + quad // 4 * 16
+    at, stride = at // 4, stride // 4
+    word_0 = tl.zeros([SIZE], tl.int32)
+    word_1, word_2, word_3 = word_0, word_0, word_0
+    for part in tl.range(0, 32, 8):
+        # From which row of the 8 on they are read.
+        begin = key - (position + query + part) if CAUSAL else key * 0
+        begin = tl.where(key < key_len, begin, 8)
         rows = tl.zeros([SIZE], tl.int32)
         for j in tl.static_range(8):
-            row = tl.multiple_of(at + (part * 8 + j) * stride, 16)
-            rows |= tl.load(ptr_quads + row // 4 + quad) << j
+            row = tl.multiple_of(at + (part + j) * stride, 4)
+            inside = (begin <= j) & (query + part + j < num)
+            rows += tl.load(ptr_quads + row + quad, mask=inside, other=0) << j
         # One byte for each of the 4 keys.
-        first, second = rows & 255, (rows >> 8) & 255
-        third, fourth = (rows >> 16) & 255, (rows >> 24) & 255
-        if part == 0:
-            word_0, word_1, word_2, word_3 = first, second, third, fourth
-        else:
-            word_0 |= first << part * 8
-            word_1 |= second << part * 8
-            word_2 |= third << part * 8
-            word_3 |= fourth << part * 8
-    words = tl.join(tl.join(word_0, word_2), tl.join(word_1, word_3))  # [SIZE, 2, 2]
-    return words.reshape(SIZE * 4)
+        word_0 |= (rows & 255) << part
+        word_1 |= ((rows >> 8) & 255) << part
+        word_2 |= ((rows >> 16) & 255) << part
+        word_3 |= ((rows >> 24) & 255) << part
+    words = tl.join(tl.join(word_0, word_2), tl.join(word_1, word_3)).reshape(SIZE * 4)
+    if CAUSAL and key_0 + SIZE * 4 - 1 > position + query:
+        # How many of the queries come before the key.
+        before = key_0 + tl.arange(0, SIZE * 4) - (position + query)
+        words = tl.where(before < 32, words & (-1 << tl.maximum(before, 0)), 0)
+    return words
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -100,6 +112,7 @@ def pack_kernel(
     num_words = epoch_len // 32
     words_now = num_words // num_parts
     key = key_0 + tl.arange(0, BLOCK)  # [BLOCK]
+    live = (key // 16 * 16 if QUADS else key) < key_len
     offs = key.to(tl.int64) if UNIT else key.to(tl.int64) * smn
     row_offs = i_row // ROW_HEADS * smb + i_row % ROW_HEADS * smk
     seen = tl.zeros([BLOCK], tl.int32)
@@ -114,12 +127,14 @@ def pack_kernel(
             for member in tl.static_range(MEMBERS):
                 base = row_offs + member * smg + (first + query) * smq
                 word = tl.zeros([BLOCK], tl.int32)
-                if whole:
-                    if QUADS:
-                        word = _pack_quads(ptr_quads, base + key_0, smq, BLOCK // 4)
-                    else:
-                        for j in tl.static_range(32):
-                            word |= tl.load(ptr_mask + base + j * smq + offs).to(tl.int32) << j
+                if QUADS:
+                    word = _pack_quads(
+                        ptr_quads, base + key_0, smq, key_0, query, num, position, key_len, CAUSAL,
+                        BLOCK // 4,
+                    )  # fmt: skip
+                elif whole:
+                    for j in tl.static_range(32):
+                        word |= tl.load(ptr_mask + base + j * smq + offs).to(tl.int32) << j
                 else:
                     for j in tl.static_range(32):
                         inside = (key < key_len) & (query + j < num)
@@ -128,35 +143,49 @@ def pack_kernel(
                         bit = tl.load(ptr_mask + base + j * smq + offs, mask=inside, other=0)
                         word |= bit.to(tl.int32) << j
                 out = ((i_row * MEMBERS + member) * num_epochs + i_epoch) * num_words + i
-                tl.store(ptr_words + out * key_len + key, word, mask=key < key_len)
+                tl.store(ptr_words + row_offsets(out, key_len, QUADS) + key, word, mask=live)
                 seen |= word
-    out = ((i_row * num_epochs + i_epoch) * num_parts + i_part) * key_len
-    tl.store(ptr_seen + out + key, (seen != 0).to(tl.int8), mask=key < key_len)
+    out = (i_row * num_epochs + i_epoch) * num_parts + i_part
+    tl.store(ptr_seen + row_offsets(out, key_len, QUADS) + key, (seen != 0).to(tl.int8), mask=live)
+
+
+@triton.jit
+def _any_part(ptr_seen, row, key, key_len, PARTS: tl.constexpr, ALIGNED: tl.constexpr):
+    """1 for each of the keys that any part of an epoch sees, 0 for the others."""
+    live = (key // 16 * 16 if ALIGNED else key) < key_len
+    seen = tl.zeros(key.shape, tl.int8)
+    for part in tl.static_range(PARTS):
+        offs = row_offsets(row + part, key_len, ALIGNED) + key
+        seen |= tl.load(ptr_seen + offs, mask=live, other=0)
+    return seen.to(tl.int32)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def slot_kernel(
-    ptr_seen, ptr_key, ptr_counts, ptr_use_slot, key_len, num_epochs, num_parts, num_slots,
+    ptr_seen, ptr_key, ptr_counts, ptr_use_slot, key_len, num_epochs, num_slots,
+    PARTS: tl.constexpr,
+    ALIGNED: tl.constexpr,
     USES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program per (row, epoch): a slot for every key that any query of the epoch sees."""
     i_list, _ = row_and_rest(1)
-    ptr_seen += i_list * num_parts * key_len
+    row = i_list * PARTS
     count = 0
+    following = _any_part(ptr_seen, row, tl.arange(0, BLOCK), key_len, PARTS, ALIGNED)
     for i in range(0, key_len, BLOCK):
         key = i + tl.arange(0, BLOCK)  # [BLOCK]
-        seen = tl.zeros([BLOCK], tl.int32)
-        ptrs = ptr_seen + key
-        for _ in range(0, num_parts):
-            seen |= tl.load(ptrs, mask=key < key_len, other=0).to(tl.int32)
-            ptrs += key_len
+        seen = following
+        # Loaded while these are summed.
+        following = _any_part(ptr_seen, row, key + BLOCK, key_len, PARTS, ALIGNED)
         rank = tl.cumsum(seen, 0)
         slot = count + rank - 1
         tl.store(ptr_key + i_list * num_slots + slot, key, mask=seen != 0)
         if USES:
             slot = tl.where(seen != 0, slot, -1)
-            tl.store(ptr_use_slot + i_list * key_len + key, slot, mask=key < key_len)
+            offs = row_offsets(i_list, key_len, ALIGNED) + key
+            live = (key // 16 * 16 if ALIGNED else key) < key_len
+            tl.store(ptr_use_slot + offs, slot, mask=live)
         count += tl.max(rank, 0)
     offs = tl.arange(0, _ALIGN)  # [ALIGN]
     slot = count // _ALIGN * _ALIGN + offs
@@ -376,8 +405,8 @@ def _fill_bits(plan: Plan, mask: Tensor, layout: MaskLayout, is_causal: bool) ->
     members, num_words = layout.members, epoch_len // 32
     block = min(_PACKED, max(32, triton.next_power_of_2(key_len)))
     num_blocks = triton.cdiv(key_len, block)
-    num_parts = 1
-    while num_parts < num_words and rows * num_epochs * num_parts * num_blocks < _PROGRAMS:
+    num_parts, programs = 1, rows * num_epochs * num_blocks
+    while num_parts < min(num_words, _PARTS) and programs * num_parts < _PROGRAMS:
         num_parts *= 2
     words = torch.empty(
         rows, members, num_epochs * num_words, key_len, dtype=torch.int32, device=mask.device
@@ -389,15 +418,15 @@ def _fill_bits(plan: Plan, mask: Tensor, layout: MaskLayout, is_causal: bool) ->
     steps = (mask.shape[3], *strides[:4])
     if is_unit and mask.data_ptr() % 16 == 0 and not any(step % 16 for step in steps):
         quads = flat.view(torch.int32)
-    launch(pack_kernel, rows * num_epochs * num_parts * num_blocks)(
+    launch(pack_kernel, programs * num_parts)(
         flat, quads, words, seen, query_len, key_len, epoch_len, num_epochs, num_parts,
         num_blocks, *strides, ROW_HEADS=layout.row_heads, MEMBERS=members, CAUSAL=is_causal,
-        UNIT=is_unit, QUADS=quads is not None, BLOCK=block, num_warps=1,
+        UNIT=is_unit, QUADS=quads is not None, BLOCK=block, num_warps=max(1, block // 512),
     )  # fmt: skip
     scanned = min(_SCANNED, max(128, triton.next_power_of_2(key_len)))
     launch(slot_kernel, rows * num_epochs)(
-        seen, plan.slot_key, plan.counts, plan.use_slot, key_len, num_epochs, num_parts,
-        layout.num_slots, USES=plan.use_slot is not None, BLOCK=scanned,
+        seen, plan.slot_key, plan.counts, plan.use_slot, key_len, num_epochs, layout.num_slots,
+        PARTS=num_parts, ALIGNED=key_len % 16 == 0, USES=plan.use_slot is not None, BLOCK=scanned,
         num_warps=max(4, scanned // 256),
     )  # fmt: skip
     launch(bits_kernel, rows * num_epochs * (layout.num_slots // SLOT_ALIGN))(

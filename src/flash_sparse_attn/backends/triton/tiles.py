@@ -15,7 +15,7 @@ NUMBERS = (
     "query_len", "key_len", "epoch_len", "num_epochs", "num_lists", "num_tiles", "num_blocks",
     "block_0", "num_programs", "num_rows", "num_items", "old_slots", "num_slots", "row_0", "plan_b",
     "plan_h", "tile_0", "num_now", "num_batches", "num_owners", "num_entries", "unit_0",
-    "units_now", "unit_len", "unit_rows", "units_of_epoch", "num_parts", "num_sequences",
+    "units_now", "unit_len", "units_of_epoch", "num_parts", "num_sequences",
     "num_runs", "num_bits", "coarse_len", "num_coarse", "piece_len", "num_pieces", "keep_first",
     "keep_recent", "has_rest", "sqb", "sqn", "sqh", "skb", "skn", "skh", "svb", "svn", "svh", "sgb",
     "sgn", "sgh", "sgd", "sbb", "sbk", "sbg", "sbq", "sbn", "smb", "smk", "smg", "smq", "smn",
@@ -260,6 +260,47 @@ def gathered_bias(
         )
     offs = (key.to(tl.int64) * sbn)[None, :]
     return tl.load(ptr_bias + offs, mask=seen, other=float("-inf"))
+
+
+@triton.jit
+def bias_of_tile(
+    i_tile, is_one, first, num, slot, key, ptr_bits, num_words, num_slots, ptr_bias, sbg, sbq, sbn,
+    MASKED: tl.constexpr,
+    SHARED: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    WORDS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """The bias of pairs ``[N, M]`` of gathered slots and a tile, -inf where a row does not see one.
+
+    `SHARED`: the heads of a KV head share bias and mask, and it is that of queries, ``[N, M / G]``.
+    """
+    HEADS: tl.constexpr = 1 if SHARED else GROUP
+    ROWS: tl.constexpr = BLOCK_M // GROUP if SHARED else BLOCK_M
+    row, i_query, i_group = tile_rows(i_tile, HEADS, ROWS)
+    seen = (key >= 0)[:, None] & (is_one & (row < num * HEADS))[None, :]
+    if MASKED:
+        word_0 = i_tile * ROWS // HEADS // 32
+        seen &= bits_see(
+            ptr_bits, slot, i_query, i_group, word_0, num_words, num_slots, MEMBERS, WORDS, True
+        )
+    offs = i_group.to(tl.int64) * sbg + (first + i_query).to(tl.int64) * sbq
+    offs = (key.to(tl.int64) * sbn)[:, None] + offs[None, :]
+    return tl.load(ptr_bias + offs, mask=seen, other=float("-inf"))
+
+
+@triton.jit
+def for_heads(block, GROUP: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """``[Q, N]`` of queries as ``[Q G, N]`` of rows, transposed ``[N, Q]`` as ``[N, Q G]``."""
+    LEFT: tl.constexpr = block.shape[0]
+    RIGHT: tl.constexpr = block.shape[1]
+    if GROUP == 1:
+        return block
+    elif TRANSPOSED:
+        return tl.broadcast_to(block[:, :, None], LEFT, RIGHT, GROUP).reshape(LEFT, RIGHT * GROUP)
+    else:
+        return tl.broadcast_to(block[:, None, :], LEFT, GROUP, RIGHT).reshape(LEFT * GROUP, RIGHT)
 
 
 @triton.jit
