@@ -33,6 +33,7 @@ from .inputs import (
     pair_tensors,
     plan_flags,
     rest_arguments,
+    shares_bias,
     words_of_tile,
 )
 from .launch import launch
@@ -42,6 +43,7 @@ from .tiles import (
     NUMBERS,
     bits_see,
     epoch_bounds,
+    for_heads,
     gathered_bias,
     key_blocks,
     key_bounds,
@@ -134,7 +136,8 @@ def _attend(
         shown = tl.load(ptr_mask + slot[None, :], mask=near, other=0) != 0
         sees = sees & shown if MASKED else shown
     if FETCHED:
-        scores = tl.where(pair == float("-inf"), float("-inf"), scores + log2_bias(pair))
+        read = for_heads(pair, scores.shape[0] // pair.shape[0], False)
+        scores = tl.where(read == float("-inf"), float("-inf"), scores + log2_bias(read))
         pair = gathered_bias(
             following, is_one, i_query, i_group, mask_row, ptr_key, ptr_bits, word_0, num_words,
             num_slots, ptr_bias, sbn, MASKED, MEMBERS, WORDS, BLOCK_N,
@@ -283,6 +286,7 @@ def forward_kernel(
     WORDS: tl.constexpr,
     KEY_BIAS: tl.constexpr,
     PAIR_BIAS: tl.constexpr,
+    SHARED: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_NORM: tl.constexpr,
     CLAMPS: tl.constexpr,
@@ -355,6 +359,10 @@ def forward_kernel(
         ALIGNED_BIAS: tl.constexpr = ROWS and PAIR_BIAS
         ptr_bias += row_offsets(i_batch, sbb, ALIGNED_BIAS)
         ptr_bias += row_offsets(i_head, sbk, ALIGNED_BIAS)
+    if SHARED:
+        # The rows of a query read one row of the bias.
+        _, i_query, i_group = tile_rows(i_tile, 1, BLOCK_M // GROUP)
+        mask_row = i_query < num
     if PAIR_BIAS:
         offs = row_offsets(i_group, sbg, ROWS) + row_offsets(first + i_query, sbq, ROWS)
         ptr_bias = ptr_bias + offs[:, None]
@@ -384,6 +392,9 @@ def forward_kernel(
                 SLOT_D, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, ALIGNED_KV, TMA,
             )  # fmt: skip
 
+    if SHARED:
+        row, i_query, i_group = tile_rows(i_tile, GROUP, BLOCK_M)
+        mask_row = row < num * GROUP
     is_empty = total == 0
     # In this order, or ptxas serializes wgmma again.
     acc = acc / tl.where(is_empty, 1.0, total)[:, None]
@@ -474,6 +485,7 @@ def forward(
             HEADS_KV=heads_kv, GROUP=group, D=head_dim, SLOT_D=slot_dim(head_dim),
             BLOCK_D=padded_head_dim(head_dim), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
             STAGES=config.num_stages, **plan_flags(plan), ROWS=has_rows(plan, call),
+            SHARED=shares_bias(plan, call, config.block_m, group),
             WORDS=words_of_tile(config.block_m, group), **call.flags, HAS_NORM=with_norm,
             PACKED=plan.epochs is not None, ALIGNED=is_aligned(query),
             ALIGNED_KV=is_aligned(key, value), TMA=uses_tma, **config.options,
