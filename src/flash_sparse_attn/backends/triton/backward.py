@@ -207,10 +207,11 @@ def _run_grad_key(
             )  # fmt: skip
         launch(reduce_kernel, len(now) * key_blocks)(
             part_key, part_value, part_bias, plan.use_end, plan.use_slot, grad_key, grad_value,
-            grad_bias, key_len, plan.num_epochs, plan.num_lists, plan.num_slots, key_blocks, row,
+            grad_bias, plan.query_len, key_len, plan.epoch_len, plan.num_epochs, plan.num_lists,
+            plan.num_slots, key_blocks, row,
             *plan.row_strides(heads_kv), HEADS_KV=heads_kv, MEMBERS=members,
             MEMBERS_PAD=triton.next_power_of_2(members), D=head_dim,
             BLOCK_D=padded_head_dim(head_dim), BLOCK_K=block_k, USES=USES_AT_ONCE,
-            SLOTS=plan.slots, LISTED=plan.use_end is not None,
+            SLOTS=plan.slots, LISTED=plan.use_end is not None, CAUSAL=not plan.clamps_positions,
             PACKED=plan.epochs is not None, **flags, num_warps=4,
         )  # fmt: skip

@@ -17,6 +17,10 @@ SLOT_ALIGN = 128
 MAX_EPOCH = 8192
 """Queries of an epoch at most."""
 
+FEW_EPOCHS, FEW_EPOCH = 4, 512
+"""Fewer epochs than the first are made shorter, down to the second: 32 heads on 8, 4096 tokens, W =
+2048, two, four and eight epochs: forward 0.310, 0.290, 0.283, backward 0.967, 0.881, 0.883."""
+
 MANY_EPOCHS = 64
 """So many epochs are made longer: up to twice as long, or to 1024. Milliseconds of a step, 32 heads
 on 8, W = 2048, epochs of 2048 and 4096: 131072 tokens 42.5 and 42.8 (plan 0.25 and 0.17), a million
@@ -30,8 +34,8 @@ FEW_TILES = 264
 """So few tiles leave multiprocessors with one or none, which waits for its loads: smaller ones."""
 
 BLOCK_PROGRAMS = 4096
-"""Programs that share the blocks of slots of a mask backward, one block each. Most slots of a mask
-are not used; with one for every block, 32000 that had nothing to do took 0.07 ms of 0.10."""
+"""Programs for the blocks of slots of a mask backward, one block each. Most slots of a mask are not
+used: a sliding window of 1024 at 32768 took 0.279 with a program for each block, 0.261 so."""
 
 LOOPING_PROGRAMS = 264
 """Programs for the blocks beyond those, two for a multiprocessor."""
@@ -40,6 +44,13 @@ REST_ELEMENTS = 1 << 21
 """Elements of the output at most for which forward keeps, in as much memory again, what rounding
 took from it: with few keys that is the largest error of the gradient of a bias. At (1, 2, 1, 32768,
 64), twice as many, to write those 8 MB would take about 2 of 73 microseconds."""
+
+DENSE_PROGRAMS = 512
+"""Programs of dK/dV that keep a GPU busy where all keys are visible."""
+
+SHOWN_PROGRAMS = 960
+"""The same for a mask of keys, counted in 1024 keys, of which it is expected to show few: the best
+1024 of 32768 in 16 and 32 epochs took 0.102 and 0.084 ms, and their sum 0.021 and 0.040."""
 
 USES_AT_ONCE = 4
 """Contributions to one key that are loaded together when they are summed."""
@@ -298,13 +309,13 @@ def mask_epoch_length(query_len: int) -> int:
     return min(1024, max(128, (1 << (query_len - 1).bit_length()) // 8))
 
 
-def dense_epoch_length(query_len: int, num_blocks: int) -> int:
+def dense_epoch_length(query_len: int, num_blocks: int, num_programs: int) -> int:
     """Queries of an epoch if one list serves them all, a multiple of `SLOT_ALIGN`.
 
-    The whole text, if `num_blocks` programs, one for each block of keys, keep a GPU busy in the
-    backward pass; else parts of it.
+    The whole text, if `num_blocks` blocks of keys are as many as the programs that keep a GPU busy
+    in the backward pass; else parts of it.
     """
-    parts = max(1, min(512 // max(1, num_blocks), query_len // 256))
+    parts = max(1, min(num_programs // max(1, num_blocks), query_len // 256))
     return -(-query_len // (parts * SLOT_ALIGN)) * SLOT_ALIGN
 
 

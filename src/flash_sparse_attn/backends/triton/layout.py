@@ -6,7 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
-from .config import MANY_EPOCHS, MAX_EPOCH, SLOT_ALIGN, epoch_length
+from .config import (
+    FEW_EPOCH,
+    FEW_EPOCHS,
+    MANY_EPOCHS,
+    MAX_EPOCH,
+    SLOT_ALIGN,
+    epoch_length,
+)
 
 _FIXED_EPOCHS = 4  # epochs of a selection whose keys never leave
 _MIN_EPOCH = 16
@@ -56,6 +63,8 @@ class Layout:
             most = min(max(2 * epoch_len, 1024), MAX_EPOCH)
             while ranked and epoch_len < most and query_len >= MANY_EPOCHS * epoch_len:
                 epoch_len *= 2
+            while ranked and epoch_len > FEW_EPOCH and query_len < FEW_EPOCHS * epoch_len:
+                epoch_len //= 2
             if not ranked and not keep_recent:
                 while epoch_len * _FIXED_EPOCHS < query_len:
                     epoch_len *= 2

@@ -6,7 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
-from .config import DIRECT_KEYS, SLOT_ALIGN, dense_epoch_length, mask_epoch_length
+from .config import (
+    DENSE_PROGRAMS,
+    DIRECT_KEYS,
+    SHOWN_PROGRAMS,
+    SLOT_ALIGN,
+    dense_epoch_length,
+    mask_epoch_length,
+)
 
 
 @dataclass(frozen=True)
@@ -58,10 +65,10 @@ class MaskLayout:
         if epoch_len is None and kind == "bits":
             epoch_len = mask_epoch_length(query_len)
         elif epoch_len is None:
-            rows = batch * heads_kv if kind == "keys" else batches * row_heads
-            # Of the keys behind a mask, most are expected to be hidden.
-            blocks = rows * key_len // (64 if kind == "keys" else 1024)
-            epoch_len = dense_epoch_length(query_len, blocks)
+            blocks, programs = batch * heads_kv * key_len // 64, DENSE_PROGRAMS
+            if kind == "shown":
+                blocks, programs = batches * row_heads * key_len // 1024, SHOWN_PROGRAMS
+            epoch_len = dense_epoch_length(query_len, blocks, programs)
         return cls(
             kind,
             batches,

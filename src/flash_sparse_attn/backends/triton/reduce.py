@@ -11,7 +11,8 @@ from .tiles import NUMBERS, load_rows, row_and_rest, store_rows
 @triton.jit(do_not_specialize=NUMBERS)
 def reduce_kernel(
     ptr_part_k, ptr_part_v, ptr_part_bias, ptr_use_end, ptr_use_slot, ptr_grad_k, ptr_grad_v,
-    ptr_grad_bias, key_len, num_epochs, num_lists, num_slots, num_blocks, row_0, plan_b, plan_h,
+    ptr_grad_bias, query_len, key_len, epoch_len, num_epochs, num_lists, num_slots, num_blocks,
+    row_0, plan_b, plan_h,
     HEADS_KV: tl.constexpr,
     MEMBERS: tl.constexpr,
     MEMBERS_PAD: tl.constexpr,
@@ -21,6 +22,7 @@ def reduce_kernel(
     USES: tl.constexpr,
     SLOTS: tl.constexpr,
     LISTED: tl.constexpr,
+    CAUSAL: tl.constexpr,
     PACKED: tl.constexpr,
     NEEDS_KEY: tl.constexpr,
     NEEDS_VALUE: tl.constexpr,
@@ -34,7 +36,7 @@ def reduce_kernel(
     i_row = row_0 + i_local
     key = i_block * BLOCK_K + tl.arange(0, BLOCK_K)  # [BLOCK_K]
     live = key < key_len
-    begin = i_row * 0
+    begin, first = i_row * 0, i_row * 0
     uses = tl.full([BLOCK_K], num_epochs, tl.int32)
     if LISTED:
         index = i_row * key_len + key
@@ -43,13 +45,16 @@ def reduce_kernel(
         uses = (end - begin).to(tl.int32)
     elif PACKED:
         uses = tl.full([BLOCK_K], 1, tl.int32)  # an epoch is a sequence
+    elif CAUSAL:
+        # Not before the epoch of the query at the first key's position.
+        first = tl.maximum(i_block * BLOCK_K - key_len + query_len, 0) // epoch_len
     plan_row = i_row // HEADS_KV * plan_b + i_row % HEADS_KV * plan_h
     part_base = i_local * num_epochs * num_slots
     grad_k = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     grad_v = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     grad_bias = tl.zeros([BLOCK_K, MEMBERS_PAD], tl.float32)
     member = tl.arange(0, MEMBERS_PAD)
-    for i in range(0, tl.max(uses, 0), USES):
+    for i in range(first, tl.max(uses, 0), USES):
         for step in tl.static_range(USES):
             used = (i + step < uses) & live
             if LISTED:
