@@ -172,7 +172,7 @@ def compiled(
         "WORDS": max(1, tiles.block_m // 4 // 32),
         "TMA": tiles.uses_tma and slots != "gathered", "TMA_Q": tiles.uses_tma,
         "TMA_GRAD": tiles.uses_tma, **dict.fromkeys(flags + needs, True),
-        "NEEDS_BIAS": slots != "pairs", "LOOPS": False,
+        "NEEDS_BIAS": slots != "pairs",
     }  # fmt: skip
     kernel = KERNELS[name]
     source = ASTSource(kernel, *signature(kernel, constants))

@@ -31,7 +31,6 @@ NAMES = ("out", "grad query", "grad key", "grad value", "grad bias")
 
 
 PLANNING = importlib.import_module("flash_sparse_attn.backends.triton.plan_mask")
-BACKWARD = importlib.import_module("flash_sparse_attn.backends.triton.backward")
 SPREADING = importlib.import_module("flash_sparse_attn.backends.triton.grad_pair")
 
 
@@ -43,9 +42,6 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(PLANNING, name, size)
     for name, size in {"_KEYS": 32, "_TOGETHER": 4, "_PROGRAMS": 1}.items():
         monkeypatch.setattr(SPREADING, name, size)
-    # Some blocks of slots have a program each, the others share some.
-    monkeypatch.setattr(BACKWARD, "BLOCK_PROGRAMS", 4)
-    monkeypatch.setattr(BACKWARD, "LOOPING_PROGRAMS", 2)
 
 
 @dataclass(frozen=True)
@@ -186,6 +182,10 @@ CASES = {
     "key mask": Case("shown", mask=(1, 1, 1, 70), bias=(1, 1, 1, 70)),
     "key mask, not causal": Case("shown", mask=(1, 1, 1, 70), is_causal=False, bias=(1, 1, 70, 70)),
     "key mask, more queries": Case("shown", keys=45, mask=(1, 1, 1, 45), bias=(1, 2, 1, 45)),
+    "key mask, pair bias": Case("shown", mask=(1, 1, 1, 70), bias=(1, 1, 70, 70)),
+    "key mask, pair bias, more queries": Case(
+        "shown", keys=20, mask=(1, 1, 1, 20), bias=(1, 1, 70, 20)
+    ),
     "key mask, batch": Case("shown", batch=2, kv_heads=2, mask=(2, 1, 1, 70), uses_tma=True),
     "key mask, none": Case("shown", mask=(1, 1, 1, 70), pattern="none", is_causal=False),
     "keys": Case("keys", mask=None, bias=(1, 1, 1, 70)),

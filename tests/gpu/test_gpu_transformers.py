@@ -34,23 +34,29 @@ def test_doge_against_eager(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("make_model", [lambda: fast(doge()), converted], ids=["doge", "converted"])
 def test_training_step_against_the_eager_backend(make_model, dtype):
-    """Models on the CPU run the same mathematics in plain PyTorch, in fp32 and under autocast."""
-    reference = make_model().to(dtype).float()
-    text = tokens(2, 140)
+    """Models on the CPU run the same mathematics in plain PyTorch, in fp32 and under autocast.
 
-    def train(model, device, enabled):
+    Scores in half precision swap keys at near-ties, on a GPU others than on a CPU: several texts.
+    """
+    model = make_model().to(dtype).float()
+    names = [name for name, _ in model.named_parameters()]
+
+    def gradients(device, text, enabled):
+        one = copy.deepcopy(model).to(device)
         with torch.autocast(device, dtype, enabled=enabled):
-            model(text.to(device), labels=text.to(device)).loss.backward()
-        return {name: one.grad.cpu().double() for name, one in model.named_parameters()}
+            one(text.to(device), labels=text.to(device)).loss.backward()
+        return [parameter.grad.cpu().double() for parameter in one.parameters()]
 
-    plain, model = copy.deepcopy(reference), copy.deepcopy(reference).cuda()
-    truth = train(reference, "cpu", False)
-    expected, found = train(plain, "cpu", True), train(model, "cuda", True)
-    for name, grad in truth.items():
-        fair, error = (
-            float((each[name] - grad).norm() / grad.norm()) for each in (expected, found)
-        )
-        assert error < max(0.1, 2 * fair), (name, error, fair)
+    fair, error = torch.zeros(2, len(names))
+    for seed in range(4):
+        text = tokens(2, 140, seed)
+        truth = gradients("cpu", text, False)
+        for device, errors in (("cpu", fair), ("cuda", error)):
+            found = gradients(device, text, True)
+            distances = [(a - b).norm() / b.norm() for a, b in zip(found, truth, strict=True)]
+            errors += torch.stack(distances) / 4
+    for name, expected, found in zip(names, fair, error, strict=True):
+        assert found < max(0.1, 2 * expected), (name, float(found), float(expected))
 
 
 @pytest.mark.parametrize("cache", [None, "static"])

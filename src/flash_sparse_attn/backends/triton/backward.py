@@ -12,8 +12,6 @@ from torch import Tensor
 from ...plan import Plan
 from .block_lists import slot_lists
 from .config import (
-    BLOCK_PROGRAMS,
-    LOOPING_PROGRAMS,
     REDUCED_FLOATS,
     USES_AT_ONCE,
     TileConfig,
@@ -94,10 +92,11 @@ def backward(
     if bias is not None and bias.tensor.shape[3] == 1:
         # Adding one number to all scores of a row changes nothing.
         grad_bias, bias = torch.zeros_like(bias.tensor, memory_format=torch.contiguous_format), None
+    slot_bias = None
     if bias is not None and not bias.is_per_key:
         grad_bias = run_grad_pair(plan, saved, call, tiles.grad_query, grad_query, bias)
     else:
-        run_grad_query(plan, saved, call, tiles.grad_query, grad_query)
+        slot_bias = run_grad_query(plan, saved, call, tiles.grad_query, grad_query)
     grad_key, grad_value = _fresh(needs.key, key), _fresh(needs.value, value)
     per_key = None
     if bias is not None and bias.is_per_key:
@@ -105,7 +104,7 @@ def backward(
         shape = (batch, heads_kv * bias.members, 1, key_len)
         per_key = torch.empty(shape, dtype=torch.float32, device=key.device)
     if needs.key or needs.value or per_key is not None:
-        _run_grad_key(plan, saved, call, tiles.grad_key, grad_key, grad_value, per_key)
+        _run_grad_key(plan, saved, call, tiles.grad_key, grad_key, grad_value, per_key, slot_bias)
     if per_key is not None and bias is not None:
         grad_bias = _sum_to(per_key, bias.tensor.shape, bias.heads_kv)
         # A cast to the same dtype, too, is an operator, and calls with operators are not repeated.
@@ -134,6 +133,7 @@ def _run_grad_key(
     grad_key: Tensor | None,
     grad_value: Tensor | None,
     grad_bias: Tensor | None,
+    slot_bias: Tensor | None,
 ) -> None:
     """Fill the gradients that are not ``None``, some rows after the others to bound memory.
 
@@ -143,6 +143,7 @@ def _run_grad_key(
         grad_key: ``[B, K, Hkv, D]``, contiguous.
         grad_value: ``[B, K, Hkv, D]``, contiguous.
         grad_bias: fp32 ``[B, Hkv * members, 1, K]``, contiguous, of a bias per key.
+        slot_bias: From `run_grad_query`.
     """
     query, key, value = saved.query, saved.key, saved.value
     batch, key_len, heads_kv, head_dim = key.shape
@@ -169,42 +170,33 @@ def _run_grad_key(
         tiles_q = query_tiles(query, group, config.block_m)
         tiles_grad = query_tiles(saved.grad_out, group, config.block_m)
     num_blocks = triton.cdiv(plan.num_slots, config.block_n)
-    parts = [(0, num_blocks, False)]
-    if plan.slots != "keys" and not plan.is_selection:
-        # A mask may need any number of its slots, and only the device knows. Programs with nothing
-        # to do take their time, and the loop over blocks has too many registers.
-        expected = triton.cdiv(BLOCK_PROGRAMS, rows * plan.num_epochs)
-        if expected < num_blocks:
-            others = triton.cdiv(LOOPING_PROGRAMS, rows * plan.num_epochs)
-            parts = [(0, expected, False), (expected, min(num_blocks - expected, others), True)]
     num_tiles = num_query_tiles(plan, saved, config)
     lists = slot_lists(plan, group, num_tiles, config.block_m, config.block_n)
     block_k = max(1, REDUCED_FLOATS // padded_head_dim(head_dim))
     key_blocks = triton.cdiv(key_len, block_k)
     for row in range(0, rows, chunk):
         now = range(row, min(row + chunk, rows))
-        slots = slots_of(plan, key, value, call.bias, now, with_rows=False)
-        for block, num_programs, loops in parts:
-            launch(grad_key_kernel, len(now) * plan.num_epochs * num_programs)(
-                tiles_q or query, key, value, tiles_grad or saved.grad_out, *saved.norm,
-                saved.delta, part_key, part_value, part_bias, plan.slot_key, plan.slot_start,
-                plan.slot_expiry, plan.counts, plan.epochs, plan.slot_bits, lists, plan.mask,
-                slots.bias, call.bias_tensor, *call.factors, call.softmax_scale, query.shape[1],
-                plan.key_len, plan.epoch_len, plan.num_epochs, plan.num_lists, num_tiles,
-                num_blocks, block, num_programs, plan.old_slots, plan.num_slots, row,
-                *plan.row_strides(heads_kv), *query.stride()[:3], *key.stride()[:3],
-                *value.stride()[:3], *saved.grad_out.stride(), *call.bias_strides,
-                *mask_strides(plan, heads_kv, group), HEADS_KV=heads_kv, GROUP=group,
-                GROUP_PAD=triton.next_power_of_2(members), D=head_dim,
-                BLOCK_D=padded_head_dim(head_dim), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-                STAGES=config.num_stages, **plan_flags(plan), ROWS=has_rows(plan, call),
-                SHARED=shares_bias(plan, call, config.block_m, group),
-                WORDS=words_of_tile(config.block_m, group), **call.flags, **flags,
-                PACKED=plan.epochs is not None, ALIGNED=is_aligned(query),
-                ALIGNED_KV=is_aligned(key, value), GRAD_ALIGNED=is_aligned(saved.grad_out),
-                TMA_Q=tiles_q is not None, TMA_GRAD=tiles_grad is not None, LOOPS=loops,
-                **config.options,
-            )  # fmt: skip
+        bias = slot_bias
+        if bias is None or len(now) < rows:
+            bias = slots_of(plan, key, value, call.bias, now, with_rows=False).bias
+        launch(grad_key_kernel, len(now) * plan.num_epochs * num_blocks)(
+            tiles_q or query, key, value, tiles_grad or saved.grad_out, *saved.norm, saved.delta,
+            part_key, part_value, part_bias, plan.slot_key, plan.slot_start, plan.slot_expiry,
+            plan.counts, plan.epochs, plan.slot_bits, lists, plan.mask, bias, call.bias_tensor,
+            *call.factors, call.softmax_scale, query.shape[1], plan.key_len, plan.epoch_len,
+            plan.num_epochs, plan.num_lists, num_tiles, num_blocks, plan.old_slots, plan.num_slots,
+            row, *plan.row_strides(heads_kv), *query.stride()[:3], *key.stride()[:3],
+            *value.stride()[:3], *saved.grad_out.stride(), *call.bias_strides,
+            *mask_strides(plan, heads_kv, group), HEADS_KV=heads_kv, GROUP=group,
+            GROUP_PAD=triton.next_power_of_2(members), D=head_dim,
+            BLOCK_D=padded_head_dim(head_dim), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+            STAGES=config.num_stages, **plan_flags(plan), ROWS=has_rows(plan, call),
+            SHARED=shares_bias(plan, call, config.block_m, group),
+            WORDS=words_of_tile(config.block_m, group), **call.flags, **flags,
+            PACKED=plan.epochs is not None, ALIGNED=is_aligned(query),
+            ALIGNED_KV=is_aligned(key, value), GRAD_ALIGNED=is_aligned(saved.grad_out),
+            TMA_Q=tiles_q is not None, TMA_GRAD=tiles_grad is not None, **config.options,
+        )  # fmt: skip
         launch(reduce_kernel, len(now) * key_blocks)(
             part_key, part_value, part_bias, plan.use_end, plan.use_slot, grad_key, grad_value,
             grad_bias, plan.query_len, key_len, plan.epoch_len, plan.num_epochs, plan.num_lists,

@@ -33,13 +33,6 @@ DIRECT_KEYS = 2048
 FEW_TILES = 264
 """So few tiles leave multiprocessors with one or none, which waits for its loads: smaller ones."""
 
-BLOCK_PROGRAMS = 4096
-"""Programs for the blocks of slots of a mask backward, one block each. Most slots of a mask are not
-used: a sliding window of 1024 at 32768 took 0.279 with a program for each block, 0.261 so."""
-
-LOOPING_PROGRAMS = 264
-"""Programs for the blocks beyond those, two for a multiprocessor."""
-
 REST_ELEMENTS = 1 << 21
 """Elements of the output at most for which forward keeps, in as much memory again, what rounding
 took from it: with few keys that is the largest error of the gradient of a bias. At (1, 2, 1, 32768,
@@ -220,8 +213,8 @@ _TABLE = {
 _PAIRS = {
     ("sm_90", 64): _tiles(
         (64, 64, 4, 3, _POINTERS),
-        (64, 64, 4, 3, _TMA),
-        (32, 64, 4, 2, _TMA),
+        (64, 32, 4, 3, _TMA, 168),
+        (32, 64, 4, 2, _TMA, 168),
         (16, 128, 4, 3, _POINTERS),
         (64, 64, 4, 3, _POINTERS),
         (16, 128, 4, 3, _POINTERS),

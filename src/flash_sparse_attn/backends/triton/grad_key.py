@@ -178,9 +178,8 @@ def _add_tile(
     return grad_k, grad_v, grad_bias, pair
 
 
-@triton.jit
-def _own_block(
-    i_local, i_epoch, i_block,
+@triton.jit(do_not_specialize=NUMBERS)
+def grad_key_kernel(
     tiles_q, ptr_k, ptr_v, tiles_grad, ptr_peak, ptr_share, ptr_delta, ptr_part_k, ptr_part_v,
     ptr_part_bias, ptr_key, ptr_start, ptr_expiry, ptr_counts, ptr_epochs, ptr_bits, ptr_lists,
     ptr_mask, ptr_slot_bias, ptr_bias, scale, softcap, softmax_scale, query_len, key_len,
@@ -237,7 +236,9 @@ def _own_block(
     TMA_Q: tl.constexpr,
     TMA_GRAD: tl.constexpr,
 ):  # fmt: skip
-    """Compute and store the gradients of one block of slots, if it is used."""
+    """One program per (row, epoch, block of slots)."""
+    i_local, rest = row_and_rest(num_epochs * num_blocks)
+    i_epoch, i_block = rest // num_blocks, rest % num_blocks
     i_row = row_0 + i_local
     i_batch, i_head = i_row // HEADS_KV, i_row % HEADS_KV
     plan_list = (i_batch * plan_b + i_head * plan_h) * num_lists
@@ -390,96 +391,3 @@ def _own_block(
                 tl.store(ptrs, grad_bias, mask=(member < GROUP)[None, :])
             else:
                 tl.store(ptr_part_bias + out, grad_bias)
-
-
-@triton.jit(do_not_specialize=NUMBERS)
-def grad_key_kernel(
-    tiles_q, ptr_k, ptr_v, tiles_grad, ptr_peak, ptr_share, ptr_delta, ptr_part_k, ptr_part_v,
-    ptr_part_bias, ptr_key, ptr_start, ptr_expiry, ptr_counts, ptr_epochs, ptr_bits, ptr_lists,
-    ptr_mask, ptr_slot_bias, ptr_bias, scale, softcap, softmax_scale, query_len, key_len,
-    epoch_len, num_epochs, num_lists, num_tiles, num_blocks, block_0, num_programs, old_slots,
-    num_slots, row_0, plan_b, plan_h,
-    sqb: tl.int64,
-    sqn: tl.int64,
-    sqh: tl.int64,
-    skb: tl.int64,
-    skn: tl.int64,
-    skh: tl.int64,
-    svb: tl.int64,
-    svn: tl.int64,
-    svh: tl.int64,
-    sgb: tl.int64,
-    sgn: tl.int64,
-    sgh: tl.int64,
-    sgd: tl.int64,
-    sbb: tl.int64,
-    sbk: tl.int64,
-    sbg: tl.int64,
-    sbq: tl.int64,
-    sbn: tl.int64,
-    smb: tl.int64,
-    smk: tl.int64,
-    smg: tl.int64,
-    smq: tl.int64,
-    smn: tl.int64,
-    HEADS_KV: tl.constexpr,
-    GROUP: tl.constexpr,
-    GROUP_PAD: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr,
-    SLOTS: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    ROWS: tl.constexpr,
-    MEMBERS: tl.constexpr,
-    WORDS: tl.constexpr,
-    KEY_BIAS: tl.constexpr,
-    PAIR_BIAS: tl.constexpr,
-    SHARED: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    NEEDS_KEY: tl.constexpr,
-    NEEDS_VALUE: tl.constexpr,
-    NEEDS_BIAS: tl.constexpr,
-    CLAMPS: tl.constexpr,
-    PACKED: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    ALIGNED_KV: tl.constexpr,
-    GRAD_ALIGNED: tl.constexpr,
-    TMA_Q: tl.constexpr,
-    TMA_GRAD: tl.constexpr,
-    LOOPS: tl.constexpr,
-):  # fmt: skip
-    """One program per (row, epoch, block of slots), or for some of the blocks from `block_0` on."""
-    i_local, rest = row_and_rest(num_epochs * num_programs)
-    i_epoch, i_block = rest // num_programs, rest % num_programs
-    if LOOPS:
-        i_row = row_0 + i_local
-        plan_list = (i_row // HEADS_KV * plan_b + i_row % HEADS_KV * plan_h) * num_lists
-        used = tl.load(ptr_counts + (plan_list + i_epoch % num_lists) * 2)
-        for block in range(block_0 + i_block, tl.cdiv(used, BLOCK_N), num_programs):
-            _own_block(
-                i_local, i_epoch, block, tiles_q, ptr_k, ptr_v, tiles_grad, ptr_peak, ptr_share,
-                ptr_delta, ptr_part_k, ptr_part_v, ptr_part_bias, ptr_key, ptr_start, ptr_expiry,
-                ptr_counts, ptr_epochs, ptr_bits, ptr_lists, ptr_mask, ptr_slot_bias, ptr_bias,
-                scale, softcap, softmax_scale, query_len, key_len, epoch_len, num_epochs, num_lists,
-                num_tiles, num_blocks, old_slots, num_slots, row_0, plan_b, plan_h, sqb, sqn, sqh,
-                skb, skn, skh, svb, svn, svh, sgb, sgn, sgh, sgd, sbb, sbk, sbg, sbq, sbn, smb, smk,
-                smg, smq, smn, HEADS_KV, GROUP, GROUP_PAD, D, BLOCK_D, BLOCK_M, BLOCK_N, STAGES,
-                SLOTS, HAS_MASK, ROWS, MEMBERS, WORDS, KEY_BIAS, PAIR_BIAS, SHARED, HAS_SOFTCAP,
-                NEEDS_KEY, NEEDS_VALUE, NEEDS_BIAS, CLAMPS, PACKED, ALIGNED, ALIGNED_KV,
-                GRAD_ALIGNED, TMA_Q, TMA_GRAD,
-            )  # fmt: skip
-    else:
-        _own_block(
-            i_local, i_epoch, i_block, tiles_q, ptr_k, ptr_v, tiles_grad, ptr_peak, ptr_share,
-            ptr_delta, ptr_part_k, ptr_part_v, ptr_part_bias, ptr_key, ptr_start, ptr_expiry,
-            ptr_counts, ptr_epochs, ptr_bits, ptr_lists, ptr_mask, ptr_slot_bias, ptr_bias, scale,
-            softcap, softmax_scale, query_len, key_len, epoch_len, num_epochs, num_lists, num_tiles,
-            num_blocks, old_slots, num_slots, row_0, plan_b, plan_h, sqb, sqn, sqh, skb, skn, skh,
-            svb, svn, svh, sgb, sgn, sgh, sgd, sbb, sbk, sbg, sbq, sbn, smb, smk, smg, smq, smn,
-            HEADS_KV, GROUP, GROUP_PAD, D, BLOCK_D, BLOCK_M, BLOCK_N, STAGES, SLOTS, HAS_MASK, ROWS,
-            MEMBERS, WORDS, KEY_BIAS, PAIR_BIAS, SHARED, HAS_SOFTCAP, NEEDS_KEY, NEEDS_VALUE,
-            NEEDS_BIAS, CLAMPS, PACKED, ALIGNED, ALIGNED_KV, GRAD_ALIGNED, TMA_Q, TMA_GRAD,
-        )  # fmt: skip

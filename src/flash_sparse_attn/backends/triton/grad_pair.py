@@ -78,12 +78,12 @@ def _slots_and_views(
         return slot, word, word
     elif SLOTS == "copied":
         ptrs = ptr_start + plan_list * num_slots + slot
-        start = tl.load(ptrs, mask=used, other=0)
+        start = tl.load(ptrs, mask=used, other=_NEVER)
         ptrs = ptr_expiry + plan_list * num_slots + slot
         return slot, start, tl.load(ptrs, mask=used, other=0)
     else:
         start = key * 0 if CLAMPS else key
-        return slot, start, tl.where(used, _NEVER, 0)
+        return slot, tl.where(used, start, _NEVER), key * 0 + _NEVER
 
 
 @triton.jit

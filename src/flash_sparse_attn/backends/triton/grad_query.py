@@ -443,8 +443,10 @@ def run_grad_query(
     pairs: Tensor | None = None,
     pair_grad: str = "none",
     tiles: range | None = None,
-) -> None:
+) -> Tensor | None:
     """Fill delta, `grad_query` and `pairs`, for all query tiles or some.
+
+    Returns the per-key bias in the order of slots, see `Slots`, if it was copied for all rows.
 
     Args:
         plan, saved, call: Of the call.
@@ -485,3 +487,4 @@ def run_grad_query(
             ALIGNED=is_aligned(query), ALIGNED_KV=is_aligned(key, value),
             GRAD_ALIGNED=is_aligned(saved.grad_out), TMA=uses_tma, **config.options,
         )  # fmt: skip
+    return slots.bias if len(chunks) == 1 else None
