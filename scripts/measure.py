@@ -27,9 +27,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ["-m", "flash_sparse_attn", "bench", "run", "--repeats", "11"]
 RANKS = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "gpu"]
+ALONE = ["-k", "host_time", "-s", "-n", "0"]
 MASKS = ["main", "keys", "small", "patterns"]
 OURS, DENSE, FLEX = ("--provider", "ours"), ("--provider", "sdpa-causal"), ("--provider", "flex")
-GRID = ["--test-type", "sdpa-vs-ours", "--seconds", "240"]
+GRID = ["--test-type", "sdpa-vs-ours", "--seconds", "320"]
 SAME = ["--test-type", "ours", "--seconds", "150"]
 MINUTES = ["--minutes", "1.6"]
 LESSONS = ["--rate-factor", "10", "--curriculum", "16", "32", "64", "128"]
@@ -73,12 +74,12 @@ def script(name: str, seconds: float, program: str, *arguments: str, rows: str =
 # Those that matter most first.
 JOBS = [
     Job("tests", ["scripts/test.py", "--gpu", "--heavy", "-k", "not host_time", "-v"], 360),
-    bench("lengths", 100, *cases(*SHORT, "gpu-65536", "gpu-c"), *OURS, *DENSE),
-    bench("long", 50, *cases(*LONG), *OURS),
-    bench("steps", 60, *cases("gpu-decode-*"), *OURS, *DENSE),
-    bench("windows", 60, *cases("gpu-window-*"), *OURS, *DENSE),
-    script("forward grid", 170, "forward_performance", *GRID, rows="predecessors.jsonl"),
-    script("backward grid", 200, "backward_performance", *GRID, rows="predecessors.jsonl"),
+    bench("lengths", 65, *cases(*SHORT, "gpu-65536", "gpu-c"), *OURS, *DENSE),
+    bench("long", 25, *cases(*LONG), *OURS),
+    bench("steps", 20, *cases("gpu-decode-*"), *OURS, *DENSE),
+    bench("windows", 25, *cases("gpu-window-*"), *OURS, *DENSE),
+    script("forward grid", 220, "forward_performance", *GRID, rows="predecessors.jsonl"),
+    script("backward grid", 290, "backward_performance", *GRID, rows="predecessors.jsonl"),
     script(
         "recall",
         120,
@@ -87,19 +88,19 @@ JOBS = [
         rows="quality.jsonl",
     ),
     script("text", 120, "quality", "text", "--seed", "0", "1", *MINUTES, rows="quality.jsonl"),
-    bench("given masks", 100, *cases(*GIVEN), *OURS, "--provider", "sdpa-additive"),
-    bench("patterns", 60, *cases("gpu-b-*"), *OURS),
+    bench("given masks", 80, *cases(*GIVEN), *OURS, "--provider", "sdpa-additive"),
+    bench("patterns", 20, *cases("gpu-b-*"), *OURS),
     script("forward equivalence", 80, "forward_equivalence", *SAME, rows="equivalence.jsonl"),
     script("backward equivalence", 120, "backward_equivalence", *SAME, rows="equivalence.jsonl"),
     script("gradient equivalence", 15, "grad_equivalence"),
     bench("flex", 180, *cases(*SHORT), *OURS, *FLEX),
-    Job("decoding", ["tests/gpu/time_decode.py"], 50),
-    Job("masks", ["tests/gpu/time_masks.py"], 80),
+    Job("decoding", ["tests/gpu/time_decode.py"], 30),
+    Job("masks", ["tests/gpu/time_masks.py"], 125),
     Job("masks by kernel", ["tests/gpu/time_masks.py", *MASKS, "--ours", "--profile"], 30),
     Job("shared", ["tests/gpu/time_attention.py", "A", "B", "shared"], 30),
-    Job("host time", ["scripts/test.py", "--gpu", "--heavy", "-k", "host_time", "-s"], 35, "alone"),
+    Job("host time", ["scripts/test.py", "--gpu", "--heavy", *ALONE], 20, "alone"),
     Job("compilation", ["tests/gpu/time_compilation.py"], 35, "alone"),
-    Job("Transformers", ["tests/gpu/time_transformers.py"], 60, "alone"),
+    Job("Transformers", ["tests/gpu/time_transformers.py"], 100, "alone"),
     Job("demo", ["-m", "flash_sparse_attn", "demo", "--quick"], 40, "alone"),
     Job("ranks", [*RANKS, "tests/gpu/time_distributed.py"], 60, "together"),
     Job("tests of ranks", ["scripts/test.py", "--gpu", "-k", "several_gpus", "-v"], 60, "together"),
