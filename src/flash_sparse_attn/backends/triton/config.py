@@ -41,9 +41,9 @@ took from it: with few keys that is the largest error of the gradient of a bias.
 DENSE_PROGRAMS = 512
 """Programs of dK/dV that keep a GPU busy where all keys are visible."""
 
-SHOWN_PROGRAMS = 960
-"""The same for a mask of keys, counted in 1024 keys, of which it is expected to show few: the best
-1024 of 32768 in 16 and 32 epochs took 0.102 and 0.084 ms, and their sum 0.021 and 0.040."""
+SHOWN_PROGRAMS = 640
+"""The same for a mask of keys, counted in 1024 keys, of which it is expected to show few: all of
+backward for the best 1024 of 32768 took 0.162, 0.154, 0.156, and 0.165 with 512, 640, 768, 1024."""
 
 USES_AT_ONCE = 4
 """Contributions to one key that are loaded together when they are summed."""
@@ -205,15 +205,16 @@ _TABLE = {
 
 # The same where tiles read a mask, or a bias that depends on the query, themselves: more registers
 # for a row; with the tiles above dK/dV has 762 accesses to spilled registers in its loop. With the
-# mask of the best 1024 of 32768 keys and a bias of pairs: forward 0.429, 64 rows and 64 slots
-# 0.483, 32 slots 0.469, 16 rows and 64 slots 0.568, 2 warps 0.478; all of backward 2.76, 64 rows
-# for dK/dV 2.87, 16 rows for dQ 3.00. Few tiles, mask and bias of pairs, 256, 1024, 2048 keys:
-# 0.008, 0.019, 0.036; 16 rows and 64 keys 0.008, 0.020, 0.040; 32 rows and 128 keys 0.011, 0.027,
-# 0.048; 64 rows 0.012, 0.031, 0.056.
+# mask of the best 1024 of 32768 keys and a bias of pairs: forward 0.358, 32 rows 0.370 and with 64
+# slots 0.353, 64 rows 0.374, 2 stages 0.366; all of backward 1.356, without a bound on registers
+# for dK/dV 1.404, with 64 rows for it 1.505; 32 slots and 168 registers for dQ are 8 % faster there
+# and 5 to 18 % slower at 1024 to 4096 keys. Few tiles, mask and bias of pairs, 256, 1024, 2048
+# keys: 0.008, 0.019, 0.036; 16 rows and 64 keys 0.008, 0.020, 0.040; 32 rows and 128 keys 0.011,
+# 0.027, 0.048; 64 rows 0.012, 0.031, 0.056.
 _PAIRS = {
     ("sm_90", 64): _tiles(
         (64, 64, 4, 3, _POINTERS),
-        (64, 32, 4, 3, _TMA, 168),
+        (64, 64, 4, 3, _TMA),
         (32, 64, 4, 2, _TMA, 168),
         (16, 128, 4, 3, _POINTERS),
         (64, 64, 4, 3, _POINTERS),
