@@ -141,10 +141,10 @@ _TMA, _POINTERS = True, False
 # keys, of few tiles. The times are in milliseconds, with all copies and sums, bf16, one H200,
 # Triton 3.6, random scores.
 _TABLE = {
-    # (B, H, Hkv, N, W) = (1, 2, 1, 32768, 1024): 0.072, 0.080, 0.130. Other forwards: pointers
-    # 0.073, 3 stages 0.079, 8 warps 0.110, 128 rows 0.096, no bound on registers 0.082: with it
-    # four programs share a multiprocessor, not three. All of backward 0.216: dQ without a bound
-    # 0.227, with 2 stages 0.222; dK/dV with 64 slots 0.228, a bound of 168 registers 0.239, 8 warps
+    # (B, H, Hkv, N, W) = (1, 2, 1, 32768, 1024): forward 0.072 and all of backward 0.216. Other
+    # forwards: pointers 0.073, 3 stages 0.079, 8 warps 0.110, 128 rows 0.096, no bound on registers
+    # 0.082: with it four programs share a multiprocessor, not three. Backward, dQ without a bound
+    # 0.227, with 2 stages 0.222; dK/dV with 64 rows 0.228, a bound of 168 registers 0.239, 8 warps
     # 0.27 to 0.34.
     ("sm_90", 64): _tiles(
         (64, 64, 4, 2, _TMA, 128),
