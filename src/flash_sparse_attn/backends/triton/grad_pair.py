@@ -23,6 +23,8 @@ from .tiles import NUMBERS, row_and_rest, row_offsets
 
 _NEVER = tl.constexpr(NEVER)
 _BUFFER = 1 << 30  # bytes, unless the gradient itself or one tile of all rows takes more
+# With 256 to 1024 keys, 4 to 16 queries together, and 2 to 8 warps, all of backward took the same
+# within 1 % (the best 1024 of 32768 keys, a bias of pairs).
 _KEYS = 512  # keys of one program,
 _QUERIES = 32  # its queries, where it has enough company,
 _TOGETHER = 8  # and those that it loads and stores at a time
