@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -25,6 +26,10 @@ class FakeKernel:
 
     def __init__(self):
         self.handled = self.compiled = 0
+        self.asked = []  # how many had been started when one was to be compiled
+
+    def warmup(self, *args, grid, **constants):
+        self.asked.append(self.handled)
 
     def __getitem__(self, grid):
         def run(left, right, out, size, SCALE, num_warps=4):
@@ -168,6 +173,37 @@ def test_calls_that_allocate_much_are_not_repeated(kernel, monkeypatch):
         assert recorder._fresh
         torch.empty(8)
     assert not recorder._fresh and recorder.recording(()) is None
+
+
+def test_kernels_of_a_first_call_are_compiled_together(kernel):
+    """All before the first is started, and none when the call is repeated."""
+    for _ in range(2):
+        left, right = torch.randn(8), torch.randn(8)
+        out, _ = call(kernel, left, right)
+        torch.testing.assert_close(out, 4 * left + 6 * right)
+    assert kernel.asked == [0, 0]
+
+
+def test_operators_see_what_was_launched_before_them(kernel):
+    def run(left, right):
+        first, second = torch.empty(8), torch.empty(8)
+        launch(kernel, 1)(left, right, first, 8, SCALE=1.0)
+        total = first * 3
+        launch(kernel, 1)(total, right, second, 8, SCALE=1.0)
+        return (second,)
+
+    for _ in range(2):
+        left, right = torch.randn(8), torch.randn(8)
+        (out,) = repeat("key", (left.data_ptr(),), CPU, partial(run, left, right))
+        torch.testing.assert_close(out, 3 * left + 4 * right)
+    assert kernel.handled == 4
+
+
+def test_what_runs_once_is_launched_and_not_kept(kernel):
+    left, right, out = torch.randn(8), torch.randn(8), torch.empty(8)
+    launching.run_once(CPU, lambda: launch(kernel, 1)(left, right, out, 8, SCALE=1.0))
+    torch.testing.assert_close(out, left + right)
+    assert kernel.handled == 1 and not launching._recordings
 
 
 def test_profilers_see_ordinary_launches(kernel, monkeypatch):

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch, repeat_call
+from .launch import launch, repeat_call, run_once
 from .select_causal import select_causal
 from .select_rows import (
     _NEVER,
@@ -218,4 +218,5 @@ def _compile_causal(
         keep_recent=0,
     )
     start = torch.empty_like(score, dtype=torch.int32)
-    select_causal(rows, 1, tiles, start, torch.empty_like(start))
+    expiry = torch.empty_like(start)
+    run_once(device, functools.partial(select_causal, rows, 1, tiles, start, expiry))
