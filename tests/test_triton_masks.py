@@ -186,6 +186,19 @@ CASES = {
     "key mask, pair bias, more queries": Case(
         "shown", keys=20, mask=(1, 1, 1, 20), bias=(1, 1, 70, 20)
     ),
+    "runs": Case(pattern="window", uses_tma=True),
+    "runs, bias of keys": Case(
+        pattern="window", heads=4, kv_heads=2, mask=(1, 2, 70, 70), bias=(1, 2, 1, 70),
+        is_causal=False, uses_tma=True,
+    ),
+    "runs, bias of heads": Case(
+        pattern="window", batch=2, queries=60, mask=(2, 1, 60, 70), bias=(1, 2, 1, 70),
+        softcap=5.0, uses_tma=True,
+    ),
+    "runs, more queries": Case(pattern="all", keys=45, mask=(1, 1, 70, 45), uses_tma=True),
+    "runs, bias of pairs": Case(pattern="window", bias=(1, 1, 70, 70), uses_tma=True),
+    "runs and others": Case(pattern="blocks", is_causal=False, uses_tma=True),
+    "runs of nothing": Case(pattern="none", uses_tma=True),
     "key mask, batch": Case("shown", batch=2, kv_heads=2, mask=(2, 1, 1, 70), uses_tma=True),
     "key mask, none": Case("shown", mask=(1, 1, 1, 70), pattern="none", is_causal=False),
     "keys": Case("keys", mask=None, bias=(1, 1, 1, 70)),
@@ -270,6 +283,36 @@ def test_hidden_keys_hold_nan(keys: int) -> None:
     value[:, 1] = torch.nan
     sees = mask[0, 0, :, 1] & (torch.arange(40) + keys - 40 >= 1)
     assert sees.any() and run()[0][:, sees].isnan().all()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+@pytest.mark.parametrize("shift", [0, 7])
+def test_keys_behind_a_run_hold_nan(shift: int) -> None:
+    """Whole blocks are read of a run of keys, and what is hidden in them changes nothing."""
+    torch.manual_seed(0)
+    query = torch.randn(1, 48, 2, 16)
+    key, value = (torch.randn(1, 80, 1, 16) for _ in range(2))
+    position = torch.arange(80)
+    mask = (position >= shift) & (position < shift + 20) & (torch.rand(1, 1, 48, 80) < 0.7)
+    mask[..., 0, shift : shift + 20] = True
+    layout = MaskLayout.of(mask.shape, 48, 80, 2, 1, 1, "bits", 48)
+    tiles = Tiles(*(TileConfig(16, 16, 1, 1, True) for _ in range(3)))
+    call = Call(0.25)
+
+    def run() -> list[Tensor]:
+        tensors = (query, key, value)
+        plan = plan_mask(mask, layout, is_causal=False, for_backward=True)
+        out, lse, *kept = forward(plan, *tensors, call, with_norm=True, config=tiles.forward)
+        grads = backward(
+            plan, *tensors, out, *kept, torch.ones_like(out), call, Needs(), tiles=tiles
+        )
+        return [out, lse, *grads[:3]]
+
+    expected = run()
+    assert all(tensor.isfinite().all() for tensor in expected)
+    hidden = (position < shift) | (position >= shift + 20)
+    key[:, hidden], value[:, hidden] = torch.nan, torch.nan
+    assert all(torch.equal(*pair) for pair in zip(run(), expected, strict=True))
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered")  # below the largest it is -inf

@@ -2,6 +2,9 @@
 
 From the bits of a plan, for the tile sizes of one kernel: first the blocks that are visible whole,
 then those that are in part. What nobody sees is on no list, and costs nothing.
+
+Sliding windows, documents and prefixes show every epoch a run of neighbouring keys. Then the list
+of a tile says where it begins, and whole blocks of keys are loaded as they lie.
 """
 
 from __future__ import annotations
@@ -58,7 +61,7 @@ def _flags(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def list_kernel(
-    ptr_bits, ptr_counts, ptr_lists, query_len, epoch_len, num_epochs, num_slots, num_tiles,
+    ptr_bits, ptr_key, ptr_counts, ptr_lists, query_len, epoch_len, num_epochs, num_slots, num_tiles,
     num_owners, num_entries,
     GROUP: tl.constexpr,
     MEMBERS: tl.constexpr,
@@ -69,16 +72,18 @@ def list_kernel(
     SIZE: tl.constexpr,
 ):  # fmt: skip
     """One program per (row of the plan, epoch, tile or block): its numbers of full and of all
-    entries, then the entries."""
+    entries, for a tile the first key of the epoch's run or -1, then the entries."""
+    HEAD: tl.constexpr = 3 if OF_TILES else 2
     i_row, rest = row_and_rest(num_epochs * num_owners)
     i_epoch, owner = rest // num_owners, rest % num_owners
     i_list = i_row * num_epochs + i_epoch
     num_queries = tl.minimum(epoch_len, query_len - i_epoch * epoch_len)
     num_words = epoch_len // 32
-    used = tl.cdiv(tl.load(ptr_counts + i_list * 2), BLOCK_N)
+    count = tl.load(ptr_counts + i_list * 2)
+    used = tl.cdiv(count, BLOCK_N)
     size = used if OF_TILES else tl.where(owner < used, num_tiles, 0)
     ptr_bits += i_list * MEMBERS * num_words * (num_slots // 32) * 2
-    ptr_lists += (i_list * num_owners + owner) * (num_entries + 2)
+    ptr_lists += (i_list * num_owners + owner) * (num_entries + HEAD)
     num_full = 0
     for i in range(0, size, SIZE):
         item = i + tl.arange(0, SIZE)  # [SIZE]
@@ -89,7 +94,7 @@ def list_kernel(
             WORDS, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         rank = tl.cumsum(full.to(tl.int32), 0)
-        tl.store(ptr_lists + 1 + num_full + rank, item, mask=full)
+        tl.store(ptr_lists + HEAD - 1 + num_full + rank, item, mask=full)
         num_full += tl.max(rank, 0)
     num_all = num_full
     for i in range(0, size, SIZE):
@@ -102,14 +107,19 @@ def list_kernel(
         )  # fmt: skip
         some = some & (full == 0)
         rank = tl.cumsum(some.to(tl.int32), 0)
-        tl.store(ptr_lists + 1 + num_all + rank, item, mask=some)
+        tl.store(ptr_lists + HEAD - 1 + num_all + rank, item, mask=some)
         num_all += tl.max(rank, 0)
     tl.store(ptr_lists, num_full)
     tl.store(ptr_lists + 1, num_all)
+    if OF_TILES:
+        ptr_key += i_list * num_slots
+        first = tl.load(ptr_key)
+        last = tl.load(ptr_key + tl.maximum(count - 1, 0))
+        tl.store(ptr_lists + 2, tl.where((count > 0) & (last - first == count - 1), first, -1))
 
 
 def tile_lists(plan: Plan, group: int, num_tiles: int, block_m: int, block_n: int) -> Tensor | None:
-    """The blocks of every tile, int32 ``[rows, E, tiles, 2 + blocks]``; ``None`` without bits."""
+    """The blocks of every tile, int32 ``[rows, E, tiles, 3 + blocks]``; ``None`` without bits."""
     return _lists(plan, group, num_tiles, block_m, block_n, True)
 
 
@@ -127,11 +137,11 @@ def _lists(
     num_owners, num_entries = (num_tiles, num_blocks) if of_tiles else (num_blocks, num_tiles)
     rows = plan.slot_key.shape[0] * plan.slot_key.shape[1]
     lists = torch.empty(
-        rows, plan.num_epochs, num_owners, 2 + num_entries, dtype=torch.int32,
+        rows, plan.num_epochs, num_owners, (3 if of_tiles else 2) + num_entries, dtype=torch.int32,
         device=plan.slot_key.device,
     )  # fmt: skip
     launch(list_kernel, rows * plan.num_epochs * num_owners)(
-        plan.block_bits, plan.counts, lists, plan.query_len, plan.epoch_len, plan.num_epochs,
+        plan.block_bits, plan.slot_key, plan.counts, lists, plan.query_len, plan.epoch_len, plan.num_epochs,
         plan.num_slots, num_tiles, num_owners, num_entries, GROUP=group, MEMBERS=plan.members,
         WORDS=words_of_tile(block_m, group), BLOCK_M=block_m, BLOCK_N=block_n, OF_TILES=of_tiles,
         SIZE=min(_SIZE, triton.next_power_of_2(num_entries)), num_warps=1,

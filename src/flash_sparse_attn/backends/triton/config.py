@@ -61,7 +61,7 @@ class TileConfig:
         block_n: Key slots of a block, a divisor of `SLOT_ALIGN`.
         num_warps: Warps of a program.
         num_stages: Loads in flight.
-        uses_tma: Whether blocks are loaded through tensor descriptors.
+        uses_tma: Whether blocks of neighbouring rows are loaded through tensor descriptors.
         max_registers: Registers of a thread at most, so that one more program fits a
             multiprocessor; ``None`` leaves it to the compiler.
     """
@@ -154,7 +154,7 @@ _TABLE = {
         # window of 1024: 0.117, 0.323, 0.998, 0.088; 64 slots and 128 registers 0.158, 0.463,
         # 1.418, 0.079; 128 rows and 64 slots 0.177, 0.525, 1.289, 0.085; with 8 warps 0.223, 0.680,
         # 1.951, 0.114.
-        (64, 128, 4, 3, _POINTERS, 168),
+        (64, 128, 4, 3, _TMA, 168),
         # All keys visible: 1.018, 128 rows and 64 slots 1.080.
         (64, 128, 4, 3, _POINTERS, 168),
     ),
@@ -166,7 +166,7 @@ _TABLE = {
         (64, 64, 4, 2, _TMA),
         # The best 2048 of 16384 keys, 8 heads on 2: 0.773, 64 rows and 4 warps 0.771, 128 slots
         # 0.732.
-        (128, 64, 8, 3, _POINTERS),
+        (128, 64, 8, 3, _TMA),
     ),
     # Run for correctness, not timed.
     ("sm_90", 256): _tiles((128, 32, 8, 2, _TMA), (64, 32, 8, 2, _TMA), (32, 64, 8, 2, _TMA)),

@@ -37,7 +37,7 @@ from .inputs import (
     words_of_tile,
 )
 from .launch import launch
-from .slots import slot_chunks, slot_dim, slots_of, uses_descriptors
+from .slots import run_sources, slot_chunks, slot_dim, slots_of, uses_descriptors
 from .tiles import (
     LOWEST,
     NUMBERS,
@@ -95,14 +95,15 @@ def _attend(
     On demand values that no row of the tile sees count as 0: such may hold anything.
     """
     FETCHED: tl.constexpr = PAIR_BIAS and SLOTS == "gathered"
+    LISTED: tl.constexpr = SLOTS == "gathered" or SLOTS == "run"
     HIDES: tl.constexpr = (MASKED or (HAS_MASK and ROWS)) and not FETCHED
     slot = block * BLOCK_N + tl.arange(0, BLOCK_N)  # [N]
     key = slot
     if SLOTS != "copied" or PAIR_BIAS:
         key = slot_keys(ptr_key, slot, key_0, num_keys, SLOTS)
     k = load_slots(
-        slots_k, slot_base, block, key, i_batch, i_head, skn, SLOTS, D, SLOT_D, BLOCK_N, BLOCK_D,
-        ALIGNED_KV, TMA,
+        slots_k, slot_base, block, key, key_0, i_batch, i_head, skn, SLOTS, D, SLOT_D, BLOCK_N,
+        BLOCK_D, ALIGNED_KV, TMA,
     )  # [N, D]  # fmt: skip
     scores, _ = scaled_scores(tl.dot(q, tl.trans(k)), scale, softcap, HAS_SOFTCAP)  # [M, N]
     if KEY_BIAS == "kv head":
@@ -119,7 +120,7 @@ def _attend(
             offs = (i_group * sbg)[:, None] + (key.to(tl.int64) * sbn)[None, :]
             scores += log2_bias(tl.load(ptr_bias + offs, mask=(key >= 0)[None, :], other=0.0))
     if HIDES and MASKED:
-        if SLOTS == "gathered":
+        if LISTED:
             sees = bits_see(
                 ptr_bits, slot, i_query, i_group, word_0, num_words, num_slots, MEMBERS, WORDS,
                 False,
@@ -157,8 +158,8 @@ def _attend(
         scores = tl.where(sees, scores, float("-inf"))
     probs, factor, peak, total = softmax_update(scores, peak, total)
     v = load_slots(
-        slots_v, slot_base, block, key, i_batch, i_head, svn, SLOTS, D, SLOT_D, BLOCK_N, BLOCK_D,
-        ALIGNED_KV, TMA,
+        slots_v, slot_base, block, key, key_0, i_batch, i_head, svn, SLOTS, D, SLOT_D, BLOCK_N,
+        BLOCK_D, ALIGNED_KV, TMA,
     )  # [N, D]  # fmt: skip
     if HIDES and CLEARS:
         v = tl.where((tl.max(sees.to(tl.int32), 0) > 0)[:, None], v, 0.0)
@@ -195,20 +196,21 @@ def _walk(
     peak = tl.full([BLOCK_M], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    LISTED: tl.constexpr = SLOTS == "gathered" or SLOTS == "run"
     # Without these conditions ptxas finds a path into the loops on which it has to copy
     # accumulators, and then serializes every wgmma.
     if num_full > 0:
         pair = 0
         if PAIR_BIAS and SLOTS == "gathered":
             pair = gathered_bias(
-                tl.load(ptr_lists + 2), True, i_query, i_group, mask_row, ptr_key, ptr_bits,
+                tl.load(ptr_lists + 3), True, i_query, i_group, mask_row, ptr_key, ptr_bits,
                 word_0, num_words, num_slots, ptr_bias, sbn, False, MEMBERS, WORDS, BLOCK_N,
             )  # fmt: skip
         for i in tl.range(0, num_full, num_stages=STAGES):
             block, following = i, i
-            if SLOTS == "gathered":
-                block = tl.load(ptr_lists + 2 + i)
-                following = tl.load(ptr_lists + 2 + tl.minimum(i + 1, num_full - 1))
+            if LISTED:
+                block = tl.load(ptr_lists + 3 + i)
+                following = tl.load(ptr_lists + 3 + tl.minimum(i + 1, num_full - 1))
             peak, total, acc, pair = _attend(
                 q, peak, total, acc, pair, block, following, i + 1 < num_full, at, i_query, i_group,
                 mask_row, i_batch, i_head, slots_k, slots_v, slot_base, skn, svn, ptr_key,
@@ -223,15 +225,15 @@ def _walk(
         pair = 0
         if PAIR_BIAS and SLOTS == "gathered":
             pair = gathered_bias(
-                tl.load(ptr_lists + 2 + num_full), True, i_query, i_group, mask_row, ptr_key,
+                tl.load(ptr_lists + 3 + num_full), True, i_query, i_group, mask_row, ptr_key,
                 ptr_bits, word_0, num_words, num_slots, ptr_bias, sbn, True, MEMBERS, WORDS,
                 BLOCK_N,
             )  # fmt: skip
         for i in tl.range(0, num_border + num_new, num_stages=STAGES):
-            if SLOTS == "gathered":
-                block = tl.load(ptr_lists + 2 + num_full + i)
+            if LISTED:
+                block = tl.load(ptr_lists + 3 + num_full + i)
                 last = num_full + num_border - 1
-                following = tl.load(ptr_lists + 2 + tl.minimum(num_full + i + 1, last))
+                following = tl.load(ptr_lists + 3 + tl.minimum(num_full + i + 1, last))
             else:
                 block = tl.where(i < num_border, num_full + i, new_block + i)
                 following = block
@@ -248,7 +250,7 @@ def _walk(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def forward_kernel(
-    ptr_q, slots_k, slots_v, ptr_out, ptr_out_rest, has_rest, ptr_lse, ptr_peak, ptr_share, ptr_key,
+    ptr_q, slots_k, slots_v, runs_k, runs_v, ptr_out, ptr_out_rest, has_rest, ptr_lse, ptr_peak, ptr_share, ptr_key,
     ptr_start, ptr_expiry, ptr_visible, ptr_entered, ptr_epochs, ptr_bits, ptr_lists, ptr_mask,
     ptr_slot_bias, ptr_bias, scale, softcap, query_len, key_len, epoch_len, num_epochs, num_lists,
     num_tiles, old_slots, num_slots, row_0, plan_b, plan_h,
@@ -294,6 +296,7 @@ def forward_kernel(
     ALIGNED: tl.constexpr,
     ALIGNED_KV: tl.constexpr,
     TMA: tl.constexpr,
+    RUNS: tl.constexpr,
 ):  # fmt: skip
     """Output, natural log-sum-exp, and for backward each row's peak and 1 / total.
 
@@ -317,6 +320,7 @@ def forward_kernel(
     num_words = epoch_len // 32
     word_0 = i_tile * BLOCK_M // GROUP // 32
     num_full, num_old, num_new = 0, 0, 0
+    run_0 = key_0
     if i_tile * BLOCK_M < num * GROUP:
         begin = i_tile * BLOCK_M // GROUP
         last = tl.minimum((i_tile * BLOCK_M + BLOCK_M - 1) // GROUP, num - 1)
@@ -331,9 +335,11 @@ def forward_kernel(
             )
         else:
             ptr_lists += ((plan_row * num_epochs + i_epoch) * num_tiles + i_tile) * (
-                num_slots // BLOCK_N + 2
+                num_slots // BLOCK_N + 3
             )
             num_full, num_old = tl.load(ptr_lists), tl.load(ptr_lists + 1)
+            if RUNS:
+                run_0 = tl.load(ptr_lists + 2)
 
     offs_head = i_head * GROUP + i_group
     offs_q = row_offsets(first + i_query, sqn, ALIGNED) + row_offsets(offs_head, sqh, ALIGNED)
@@ -371,23 +377,28 @@ def forward_kernel(
         offs = row_offsets(i_group, smg, ROWS) + row_offsets(first + i_query, smq, ROWS)
         ptr_mask = ptr_mask + offs[:, None]
 
-    # 0 * NaN is NaN: only if one came out, keys that nobody in the tile sees are cleared.
+    if not RUNS:
+        runs_k, runs_v = slots_k, slots_v
+    is_run = run_0 >= 0
+    # 0 * NaN is NaN: only if one came out, keys that nobody in the tile sees are cleared. Behind a
+    # run such may lie as well; slots that are gathered hold none.
     peak, total, acc = _walk(
-        q, num_full, num_old, num_new, old_slots, ptr_lists, at, i_query, i_group, mask_row,
-        i_batch, i_head, slots_k, slots_v, slot_base, skn, svn, ptr_key, ptr_start, ptr_expiry,
-        ptr_bits, word_0, num_words, num_slots, key_0, num_keys, ptr_slot_bias, ptr_bias,
-        stride_member, sbg, sbn, ptr_mask, smn, scale, softcap, False, SLOTS, HAS_MASK, ROWS,
-        CLAMPS, MEMBERS, WORDS, KEY_BIAS, PAIR_BIAS, HAS_SOFTCAP, D, SLOT_D, BLOCK_M, BLOCK_N,
-        BLOCK_D, STAGES, ALIGNED_KV, TMA,
+        q, tl.where(is_run, num_full, 0), tl.where(is_run, num_old, 0), num_new, old_slots,
+        ptr_lists, at, i_query, i_group, mask_row, i_batch, i_head, runs_k, runs_v, slot_base, skn,
+        svn, ptr_key, ptr_start, ptr_expiry, ptr_bits, word_0, num_words, num_slots, run_0,
+        num_keys - run_0 + key_0, ptr_slot_bias, ptr_bias, stride_member, sbg, sbn, ptr_mask, smn,
+        scale, softcap, False, "run" if RUNS else SLOTS, HAS_MASK, ROWS, CLAMPS, MEMBERS, WORDS,
+        KEY_BIAS, PAIR_BIAS, HAS_SOFTCAP, D, SLOT_D, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, ALIGNED_KV,
+        TMA or RUNS,
     )  # fmt: skip
-    if HAS_MASK:
+    if HAS_MASK or RUNS:
         has_nan = tl.max(tl.max((acc != acc).to(tl.int32), 1), 0)
-        if has_nan > 0:
+        if (has_nan > 0) | (not is_run):
             peak, total, acc = _walk(
                 q, num_full, num_old, num_new, old_slots, ptr_lists, at, i_query, i_group, mask_row,
                 i_batch, i_head, slots_k, slots_v, slot_base, skn, svn, ptr_key, ptr_start,
                 ptr_expiry, ptr_bits, word_0, num_words, num_slots, key_0, num_keys, ptr_slot_bias,
-                ptr_bias, stride_member, sbg, sbn, ptr_mask, smn, scale, softcap, True, SLOTS,
+                ptr_bias, stride_member, sbg, sbn, ptr_mask, smn, scale, softcap, HAS_MASK, SLOTS,
                 HAS_MASK, ROWS, CLAMPS, MEMBERS, WORDS, KEY_BIAS, PAIR_BIAS, HAS_SOFTCAP, D,
                 SLOT_D, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, ALIGNED_KV, TMA,
             )  # fmt: skip
@@ -472,10 +483,11 @@ def forward(
     num_tiles = triton.cdiv(plan.epoch_len * group, config.block_m)
     lists = tile_lists(plan, group, num_tiles, config.block_m, config.block_n)
     uses_tma = uses_descriptors(plan, key, value, config)
+    runs = run_sources(plan, key, value, call, config)
     for now in slot_chunks(plan, range(batch * heads_kv), query, key):
         slots = slots_of(plan, key, value, call.bias, now)
         launch(forward_kernel, len(now) * plan.num_epochs * num_tiles)(
-            query, *slots.sources(config.block_n, uses_tma), out, *rest_arguments(out, out_rest),
+            query, *slots.sources(config.block_n, uses_tma), *runs, out, *rest_arguments(out, out_rest),
             lse, peak, share, plan.slot_key, plan.slot_start, plan.slot_expiry, plan.visible,
             plan.entered, plan.epochs, plan.slot_bits, lists, plan.mask, slots.bias,
             call.bias_tensor, *call.factors, query_len, plan.key_len, plan.epoch_len,
@@ -488,6 +500,7 @@ def forward(
             SHARED=shares_bias(plan, call, config.block_m, group),
             WORDS=words_of_tile(config.block_m, group), **call.flags, HAS_NORM=with_norm,
             PACKED=plan.epochs is not None, ALIGNED=is_aligned(query),
-            ALIGNED_KV=is_aligned(key, value), TMA=uses_tma, **config.options,
+            ALIGNED_KV=is_aligned(key, value), TMA=uses_tma,
+            RUNS=runs[0] is not None, **config.options,
         )  # fmt: skip
     return out, lse, norm, out_rest

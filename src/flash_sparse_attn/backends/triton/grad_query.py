@@ -26,7 +26,7 @@ from .inputs import (
     words_of_tile,
 )
 from .launch import launch
-from .slots import slot_chunks, slot_dim, slots_of, uses_descriptors
+from .slots import run_sources, slot_chunks, slot_dim, slots_of, uses_descriptors
 from .tiles import (
     NUMBERS,
     bits_see,
@@ -87,13 +87,14 @@ def _add_block(
     On demand keys that no row of the tile sees count as 0: such may hold anything.
     """
     FETCHED: tl.constexpr = PAIR_BIAS and SLOTS == "gathered"
+    LISTED: tl.constexpr = SLOTS == "gathered" or SLOTS == "run"
     HIDES: tl.constexpr = (MASKED or (HAS_MASK and ROWS)) and not FETCHED
     slot = block * BLOCK_N + tl.arange(0, BLOCK_N)  # [N]
     key = slot
     if SLOTS != "copied" or PAIR_BIAS:
         key = slot_keys(ptr_key, slot, key_0, num_keys, SLOTS)
     if HIDES and MASKED:
-        if SLOTS == "gathered":
+        if LISTED:
             sees = bits_see(
                 ptr_bits, slot, i_query, i_group, word_0, num_words, num_slots, MEMBERS, WORDS,
                 False,
@@ -110,12 +111,12 @@ def _add_block(
         shown = tl.load(ptr_mask + slot[None, :], mask=near, other=0) != 0
         sees = sees & shown if MASKED else shown
     k = load_slots(
-        slots_k, slot_base, block, key, i_batch, i_head, skn, SLOTS, D, SLOT_D, BLOCK_N, BLOCK_D,
-        ALIGNED_KV, TMA,
+        slots_k, slot_base, block, key, key_0, i_batch, i_head, skn, SLOTS, D, SLOT_D, BLOCK_N,
+        BLOCK_D, ALIGNED_KV, TMA,
     )  # [N, D]  # fmt: skip
     v = load_slots(
-        slots_v, slot_base, block, key, i_batch, i_head, svn, SLOTS, D, SLOT_D, BLOCK_N, BLOCK_D,
-        ALIGNED_KV, TMA,
+        slots_v, slot_base, block, key, key_0, i_batch, i_head, svn, SLOTS, D, SLOT_D, BLOCK_N,
+        BLOCK_D, ALIGNED_KV, TMA,
     )  # [N, D]  # fmt: skip
     if HIDES and CLEARS:
         k = tl.where((tl.max(sees.to(tl.int32), 0) > 0)[:, None], k, 0.0)
@@ -200,19 +201,20 @@ def _walk(
 ):  # fmt: skip
     """Add the contributions of all blocks of a tile. Returns dQ before its scale."""
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    LISTED: tl.constexpr = SLOTS == "gathered" or SLOTS == "run"
     # The conditions keep wgmma asynchronous, see `forward.py`.
     if num_full > 0:
         pair = 0
         if PAIR_BIAS and SLOTS == "gathered":
             pair = gathered_bias(
-                tl.load(ptr_lists + 2), True, i_query, i_group, mask_row, ptr_key, ptr_bits,
+                tl.load(ptr_lists + 3), True, i_query, i_group, mask_row, ptr_key, ptr_bits,
                 word_0, num_words, num_slots, ptr_bias, sbn, False, MEMBERS, WORDS, BLOCK_N,
             )  # fmt: skip
         for i in tl.range(0, num_full, num_stages=STAGES):
             block, following = i, i
-            if SLOTS == "gathered":
-                block = tl.load(ptr_lists + 2 + i)
-                following = tl.load(ptr_lists + 2 + tl.minimum(i + 1, num_full - 1))
+            if LISTED:
+                block = tl.load(ptr_lists + 3 + i)
+                following = tl.load(ptr_lists + 3 + tl.minimum(i + 1, num_full - 1))
             acc, pair = _add_block(
                 q, grad, peak, share, delta, acc, pair, block, following, i + 1 < num_full, at,
                 i_query, i_group, mask_row, i_batch, i_head, slots_k, slots_v, slot_base, skn, svn,
@@ -228,14 +230,14 @@ def _walk(
         pair = 0
         if PAIR_BIAS and SLOTS == "gathered":
             pair = gathered_bias(
-                tl.load(ptr_lists + 2 + num_full), True, i_query, i_group, mask_row, ptr_key,
+                tl.load(ptr_lists + 3 + num_full), True, i_query, i_group, mask_row, ptr_key,
                 ptr_bits, word_0, num_words, num_slots, ptr_bias, sbn, True, MEMBERS, WORDS,
                 BLOCK_N,
             )  # fmt: skip
         for i in tl.range(0, num_border + num_new, num_stages=STAGES):
-            if SLOTS == "gathered":
-                block = tl.load(ptr_lists + 2 + num_full + i)
-                following = tl.load(ptr_lists + 2 + tl.minimum(num_full + i + 1, num_old - 1))
+            if LISTED:
+                block = tl.load(ptr_lists + 3 + num_full + i)
+                following = tl.load(ptr_lists + 3 + tl.minimum(num_full + i + 1, num_old - 1))
             else:
                 block = tl.where(i < num_border, num_full + i, new_block + i)
                 following = block
@@ -253,7 +255,7 @@ def _walk(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def grad_query_kernel(
-    ptr_q, slots_k, slots_v, ptr_out, ptr_out_rest, has_rest, ptr_grad, ptr_peak, ptr_share,
+    ptr_q, slots_k, slots_v, runs_k, runs_v, ptr_out, ptr_out_rest, has_rest, ptr_grad, ptr_peak, ptr_share,
     ptr_delta, ptr_grad_q, ptr_pairs, ptr_key, ptr_start, ptr_expiry, ptr_visible, ptr_entered,
     ptr_epochs, ptr_bits, ptr_lists, ptr_mask, ptr_slot_bias, ptr_bias, scale, softcap,
     softmax_scale, query_len, key_len, epoch_len, num_epochs, num_lists, num_tiles, tile_0, num_now,
@@ -306,6 +308,7 @@ def grad_query_kernel(
     ALIGNED_KV: tl.constexpr,
     GRAD_ALIGNED: tl.constexpr,
     TMA: tl.constexpr,
+    RUNS: tl.constexpr,
 ):  # fmt: skip
     """One program per (row, epoch, tile): dQ, delta, and the gradient of the scores of pairs."""
     i_local, rest = row_and_rest(num_now)
@@ -344,6 +347,7 @@ def grad_query_kernel(
             at = tl.maximum(at, 0)
         num_words, word_0 = epoch_len // 32, i_tile * BLOCK_M // GROUP // 32
         num_full, num_old, num_new = 0, 0, 0
+        run_0 = key_0
         if i_tile * BLOCK_M < num * GROUP:
             begin = i_tile * BLOCK_M // GROUP
             last = tl.minimum((i_tile * BLOCK_M + BLOCK_M - 1) // GROUP, num - 1)
@@ -359,9 +363,11 @@ def grad_query_kernel(
                 )  # fmt: skip
             else:
                 ptr_lists += ((plan_row * num_epochs + i_epoch) * num_tiles + i_tile) * (
-                    num_slots // BLOCK_N + 2
+                    num_slots // BLOCK_N + 3
                 )
                 num_full, num_old = tl.load(ptr_lists), tl.load(ptr_lists + 1)
+                if RUNS:
+                    run_0 = tl.load(ptr_lists + 2)
         offs_q = row_offsets(first + i_query, sqn, ALIGNED) + row_offsets(offs_head, sqh, ALIGNED)
         ptr_q += row_offsets(i_batch, sqb, ALIGNED)
         q = load_rows(ptr_q, offs_q, mask_row, D, BLOCK_D, True)
@@ -403,27 +409,31 @@ def grad_query_kernel(
             slot_0 = (i_local * num_now + i_now) * num_slots
             ptr_pairs = ptr_pairs + slot_0 * TILE + tl.arange(0, TILE)[:, None]
 
+        if not RUNS:
+            runs_k, runs_v = slots_k, slots_v
+        is_run = run_0 >= 0
         # As in `forward.py`: keys that nobody in the tile sees are cleared only if NaN came out.
         acc = _walk(
-            q, grad, peak, share, delta, num_full, num_old, num_new, old_slots, ptr_lists, at,
-            i_query, i_group, mask_row, i_batch, i_head, slots_k, slots_v, slot_base, skn, svn,
-            ptr_key, ptr_start, ptr_expiry, ptr_bits, word_0, num_words, num_slots, key_0, num_keys,
+            q, grad, peak, share, delta, tl.where(is_run, num_full, 0),
+            tl.where(is_run, num_old, 0), num_new, old_slots, ptr_lists, at, i_query, i_group,
+            mask_row, i_batch, i_head, runs_k, runs_v, slot_base, skn, svn, ptr_key, ptr_start,
+            ptr_expiry, ptr_bits, word_0, num_words, num_slots, run_0, num_keys - run_0 + key_0,
             ptr_slot_bias, ptr_bias, ptr_pairs, stride_member, sbg, sbn, ptr_mask, smn, scale,
-            softcap, False, SLOTS, HAS_MASK, ROWS, CLAMPS, MEMBERS, WORDS, KEY_BIAS, PAIR_BIAS,
-            PAIR_GRAD, GROUP, HAS_SOFTCAP, D, SLOT_D, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, ALIGNED_KV,
-            TMA,
+            softcap, False, "run" if RUNS else SLOTS, HAS_MASK, ROWS, CLAMPS, MEMBERS, WORDS,
+            KEY_BIAS, PAIR_BIAS, PAIR_GRAD, GROUP, HAS_SOFTCAP, D, SLOT_D, BLOCK_M, BLOCK_N,
+            BLOCK_D, STAGES, ALIGNED_KV, TMA or RUNS,
         )  # fmt: skip
-        if HAS_MASK:
+        if HAS_MASK or RUNS:
             has_nan = tl.max(tl.max((acc != acc).to(tl.int32), 1), 0)
-            if has_nan > 0:
+            if (has_nan > 0) | (not is_run):
                 acc = _walk(
                     q, grad, peak, share, delta, num_full, num_old, num_new, old_slots, ptr_lists,
                     at, i_query, i_group, mask_row, i_batch, i_head, slots_k, slots_v, slot_base,
                     skn, svn, ptr_key, ptr_start, ptr_expiry, ptr_bits, word_0, num_words,
                     num_slots, key_0, num_keys, ptr_slot_bias, ptr_bias, ptr_pairs, stride_member,
-                    sbg, sbn, ptr_mask, smn, scale, softcap, True, SLOTS, HAS_MASK, ROWS, CLAMPS,
-                    MEMBERS, WORDS, KEY_BIAS, PAIR_BIAS, PAIR_GRAD, GROUP, HAS_SOFTCAP, D, SLOT_D,
-                    BLOCK_M, BLOCK_N, BLOCK_D, STAGES, ALIGNED_KV, TMA,
+                    sbg, sbn, ptr_mask, smn, scale, softcap, HAS_MASK, SLOTS, HAS_MASK, ROWS,
+                    CLAMPS, MEMBERS, WORDS, KEY_BIAS, PAIR_BIAS, PAIR_GRAD, GROUP, HAS_SOFTCAP, D,
+                    SLOT_D, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, ALIGNED_KV, TMA,
                 )  # fmt: skip
         if NEEDS_QUERY:
             store_rows(ptr_grad_q, offs_out, row < num * GROUP, acc * softmax_scale, D, BLOCK_D)
@@ -464,13 +474,14 @@ def run_grad_query(
     tiles = tiles or range(plan.num_epochs * num_tiles)
     lists = tile_lists(plan, group, num_tiles, config.block_m, config.block_n)
     uses_tma = uses_descriptors(plan, key, value, config)
+    runs = run_sources(plan, key, value, call, config)
     chunks = [saved.rows] if pairs is not None else slot_chunks(plan, saved.rows, query, key)
     for now in chunks:
         walks = grad_query is not None or pairs is not None
         slots = slots_of(plan, key, value, call.bias, now, with_rows=walks)
         sources = slots.sources(config.block_n, uses_tma) if walks else (None, None)
         launch(grad_query_kernel, len(now) * len(tiles))(
-            query, *sources, saved.out, *rest_arguments(saved.out, saved.out_rest), saved.grad_out,
+            query, *sources, *runs, saved.out, *rest_arguments(saved.out, saved.out_rest), saved.grad_out,
             *saved.norm, saved.delta, grad_query, pairs, plan.slot_key, plan.slot_start,
             plan.slot_expiry, plan.visible, plan.entered, plan.epochs, plan.slot_bits, lists,
             plan.mask, slots.bias, call.bias_tensor, *call.factors, call.softmax_scale,
@@ -485,6 +496,7 @@ def run_grad_query(
             WORDS=words_of_tile(config.block_m, group), **call.flags, PAIR_GRAD=pair_grad,
             NEEDS_QUERY=grad_query is not None, PACKED=plan.epochs is not None,
             ALIGNED=is_aligned(query), ALIGNED_KV=is_aligned(key, value),
-            GRAD_ALIGNED=is_aligned(saved.grad_out), TMA=uses_tma, **config.options,
+            GRAD_ALIGNED=is_aligned(saved.grad_out), TMA=uses_tma,
+            RUNS=runs[0] is not None, **config.options,
         )  # fmt: skip
     return slots.bias if len(chunks) == 1 else None

@@ -18,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...plan import Plan
 from .config import SLOT_ALIGN, TileConfig, padded_head_dim, slot_rows
-from .inputs import Bias, head_tiles, is_aligned
+from .inputs import Bias, Call, head_tiles, is_aligned
 from .launch import launch
 from .tiles import NUMBERS, load_rows, log2_bias, row_and_rest, row_offsets
 
@@ -150,6 +150,20 @@ def uses_descriptors(plan: Plan, key: Tensor, value: Tensor, config: TileConfig)
     return plan.epochs is None and all(
         head_tiles(tensor, [1, 1, 1]) is not None for tensor in (key, value)
     )
+
+
+def run_sources(
+    plan: Plan, key: Tensor, value: Tensor, call: Call, config: TileConfig
+) -> tuple[TensorDescriptor | None, TensorDescriptor | None]:
+    """What a kernel loads neighbouring keys and values of gathered slots from, see `block_lists`.
+
+    ``None`` where it gathers them row by row all the same: a bias of pairs costs more than that.
+    """
+    reads_pairs = call.bias is not None and not call.bias.is_per_key
+    if plan.slots != "gathered" or reads_pairs or not config.uses_tma:
+        return None, None
+    of_key, of_value = (head_tiles(tensor, [1, config.block_n, 1]) for tensor in (key, value))
+    return (None, None) if of_key is None or of_value is None else (of_key, of_value)
 
 
 def slots_of(

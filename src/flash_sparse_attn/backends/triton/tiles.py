@@ -132,7 +132,7 @@ def load_out(
 
 @triton.jit
 def load_slots(
-    source, slot_base, block, key, i_batch, i_head, stride,
+    source, slot_base, block, key, key_0, i_batch, i_head, stride,
     SLOTS: tl.constexpr,
     D: tl.constexpr,
     SLOT_D: tl.constexpr,
@@ -143,8 +143,8 @@ def load_slots(
 ):  # fmt: skip
     """A block of keys or values ``[BLOCK_N, BLOCK_D]``, zeros in columns past the last.
 
-    Copied slots are read from the copies, slots that are the keys themselves through a descriptor
-    of ``[B, K, Hkv, D]`` if there is one, others row by row.
+    Copied slots are read from the copies, slots that are the keys from `key_0` on through a
+    descriptor of ``[B, K, Hkv, D]`` if there is one, others row by row.
     """
     if SLOTS == "copied":
         row_0 = slot_base + block * BLOCK_N
@@ -154,7 +154,7 @@ def load_slots(
             offs = (row_0 + tl.arange(0, BLOCK_N)) * SLOT_D
             return load_rows(source, offs, None, SLOT_D, BLOCK_D, False)
     elif TMA:
-        rows = source.load([i_batch.to(tl.int32), block * BLOCK_N, i_head.to(tl.int32), 0])
+        rows = source.load([i_batch.to(tl.int32), key_0 + block * BLOCK_N, i_head.to(tl.int32), 0])
         return rows.reshape(BLOCK_N, BLOCK_D)
     else:
         return load_rows(source, row_offsets(key, stride, ALIGNED), key >= 0, D, BLOCK_D, True)
@@ -163,7 +163,7 @@ def load_slots(
 @triton.jit
 def slot_keys(ptr_key, slot, key_0, num_keys, SLOTS: tl.constexpr):
     """The key in each slot, -1 for none."""
-    if SLOTS == "keys":
+    if SLOTS == "keys" or SLOTS == "run":
         return tl.where(slot < num_keys, key_0 + slot, -1)
     else:
         return tl.load(ptr_key + slot)
