@@ -295,7 +295,7 @@ def test_keys_behind_a_run_hold_nan(shift: int) -> None:
     position = torch.arange(80)
     mask = (position >= shift) & (position < shift + 20) & (torch.rand(1, 1, 48, 80) < 0.7)
     mask[..., 0, shift : shift + 20] = True
-    layout = MaskLayout.of(mask.shape, 48, 80, 2, 1, 1, "bits", 48)
+    layout = MaskLayout.of(mask.shape, 48, 80, 2, 1, 1, "bits", 64)
     tiles = Tiles(*(TileConfig(16, 16, 1, 1, True) for _ in range(3)))
     call = Call(0.25)
 
