@@ -17,14 +17,7 @@ from torch import Tensor
 
 from ...plan import Plan
 from .block_lists import tile_lists
-from .config import (
-    TileConfig,
-    architecture_of,
-    keeps_rest,
-    padded_head_dim,
-    role_config,
-    tiles_for,
-)
+from .config import TileConfig, architecture_of, keeps_rest, padded_head_dim, role_config, tiles_for
 from .inputs import (
     Call,
     has_rows,
@@ -380,6 +373,7 @@ def forward_kernel(
     if not RUNS:
         runs_k, runs_v = slots_k, slots_v
     is_run = run_0 >= 0
+
     # 0 * NaN is NaN: only if one came out, keys that nobody in the tile sees are cleared. Behind a
     # run such may lie as well; slots that are gathered hold none.
     peak, total, acc = _walk(

@@ -362,9 +362,8 @@ def grad_query_kernel(
                     BLOCK_N,
                 )  # fmt: skip
             else:
-                ptr_lists += ((plan_row * num_epochs + i_epoch) * num_tiles + i_tile) * (
-                    num_slots // BLOCK_N + 3
-                )
+                i_list_of_tile = (plan_row * num_epochs + i_epoch) * num_tiles + i_tile
+                ptr_lists += i_list_of_tile * (num_slots // BLOCK_N + 3)
                 num_full, num_old = tl.load(ptr_lists), tl.load(ptr_lists + 1)
                 if RUNS:
                     run_0 = tl.load(ptr_lists + 2)

@@ -7,6 +7,8 @@ import triton.language as tl
 
 from .tiles import NUMBERS, load_rows, row_and_rest, store_rows
 
+_SEARCHED = tl.constexpr(32)  # epochs whose use of keys is looked up together
+
 
 @triton.jit(do_not_specialize=NUMBERS)
 def reduce_kernel(
@@ -49,6 +51,19 @@ def reduce_kernel(
         # Not before the epoch of the query at the first key's position.
         first = tl.maximum(i_block * BLOCK_K - key_len + query_len, 0) // epoch_len
     plan_row = i_row // HEADS_KV * plan_b + i_row % HEADS_KV * plan_h
+    if not LISTED and not PACKED and SLOTS != "keys":
+        # From the first to the last epoch that sees any of the keys.
+        since, until = first * 0 + num_epochs, first * 0
+        for i in range(first, num_epochs, _SEARCHED):
+            epoch = i + tl.arange(0, _SEARCHED)
+            i_list = plan_row * num_lists + epoch % num_lists
+            ptrs = ptr_use_slot + (i_list * key_len)[:, None] + key[None, :]
+            mask = (epoch < num_epochs)[:, None] & live[None, :]
+            sees = tl.max(tl.load(ptrs, mask=mask, other=-1), 1) >= 0
+            since = tl.minimum(since, tl.min(tl.where(sees, epoch, num_epochs), 0))
+            until = tl.maximum(until, tl.max(tl.where(sees, epoch + 1, 0), 0))
+        first = since
+        uses = tl.zeros([BLOCK_K], tl.int32) + until.to(tl.int32)
     part_base = i_local * num_epochs * num_slots
     grad_k = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     grad_v = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
