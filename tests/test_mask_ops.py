@@ -61,6 +61,8 @@ def test_operators_have_fakes_and_gradients(mask_shape):
         options = {"is_causal": True, "softmax_scale": None, "softcap": 0.0, "deterministic": None}
         problem = Problem.of(query, key, key, mask, bias, **options)
         plan = mask_ops.plan_of(problem, mask)
+        # Its lists, for kernels of the passes that read it.
+        assert bool(plan.lists) == (plan.slots == "gathered")
         out, lse = ops.attend(problem, query, key, key, bias, plan)
         grads = torch.autograd.grad(out, (query, key, bias), torch.empty_like(out))
     assert out.shape == query.shape and lse.shape == (2, 4, queries)

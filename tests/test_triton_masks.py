@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from flash_sparse_attn.backends.triton import config
+from flash_sparse_attn.backends.triton import config, mask_ops, masks
 from flash_sparse_attn.backends.triton.backward import Needs, backward
 from flash_sparse_attn.backends.triton.config import TileConfig, Tiles
 from flash_sparse_attn.backends.triton.forward import forward
@@ -31,6 +31,7 @@ NAMES = ("out", "grad query", "grad key", "grad value", "grad bias")
 
 
 PLANNING = importlib.import_module("flash_sparse_attn.backends.triton.plan_mask")
+LISTING = importlib.import_module("flash_sparse_attn.backends.triton.block_lists")
 SPREADING = importlib.import_module("flash_sparse_attn.backends.triton.grad_pair")
 
 
@@ -40,6 +41,8 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"_PACKED": 32, "_SCANNED": 64, "_COUNTED": 16, "_OWNED": 32}
     for name, size in sizes.items():
         monkeypatch.setattr(PLANNING, name, size)
+    for name, size in {"_OWNERS": 2, "_SIZE": 4}.items():
+        monkeypatch.setattr(LISTING, name, size)
     for name, size in {"_KEYS": 32, "_TOGETHER": 4, "_PROGRAMS": 1}.items():
         monkeypatch.setattr(SPREADING, name, size)
 
@@ -84,11 +87,21 @@ def mask_of(case: Case) -> Tensor | None:
     return mask
 
 
-def plan_of(case: Case, mask: Tensor | None) -> Plan:
+def tiles_of(case: Case) -> Tiles:
+    sizes = ((case.block_m, 16), (case.block_m, 16), (case.block_m, 32))
+    return Tiles(*(TileConfig(*size, 1, 1, case.uses_tma) for size in sizes))
+
+
+def plan_of(case: Case, mask: Tensor | None, lists_for: Tiles | None = None) -> Plan:
+    """The plan of a call, with the lists for tiles of some sizes if they are given."""
     layout = MaskLayout.of(
         None if mask is None else mask.shape, case.queries, case.keys, case.heads, case.kv_heads,
         case.batch, case.kind, case.epoch,
     )  # fmt: skip
+    if lists_for is not None:
+        num_rows = case.batch * case.queries * case.heads
+        group = case.heads // case.kv_heads
+        layout = layout.with_lists(lists_for, group, num_rows, for_backward=True)
     if case.kind != "keys":
         return plan_mask(mask, layout, is_causal=case.is_causal, for_backward=True)
     epochs = use_slot = None
@@ -137,9 +150,8 @@ def check(case: Case) -> None:
     truths = torch.autograd.grad(truth, truth_inputs, grad.double(), allow_unused=True)
     if case.is_expanded and mask is not None:
         mask = mask.expand(case.batch, case.heads, *mask.shape[2:])
-    plan = plan_of(case, mask)
-    sizes = ((case.block_m, 16), (case.block_m, 16), (case.block_m, 32))
-    tiles = Tiles(*(TileConfig(*size, 1, 1, case.uses_tma) for size in sizes))
+    tiles = tiles_of(case)
+    plan = plan_of(case, mask, tiles)
     wrapped = None if bias is None else Bias.of(bias, case.heads, case.kv_heads)
     call = Call(0.25, case.softcap, wrapped)
     out, lse, *kept = forward(plan, query, key, value, call, with_norm=True, config=tiles.forward)
@@ -229,6 +241,104 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_attention(name: str) -> None:
     check(CASES[name])
+
+
+LISTED = ("bits", "bits, head mask", "bits, group of 3")
+
+
+class Launches:
+    """The names of the kernels that are launched."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.names: list[str] = []
+        launch = LISTING.launch
+
+        def noted(kernel, num_programs):
+            self.names.append(kernel.fn.__name__)
+            return launch(kernel, num_programs)
+
+        for name in ("block_lists", "forward", "grad_key", "grad_query", "plan_mask"):
+            module = importlib.import_module(f"flash_sparse_attn.backends.triton.{name}")
+            patch.setattr(module, "launch", noted)
+
+
+def run_passes(case: Case, plan: Plan, tiles: Tiles) -> list[Tensor]:
+    """Output and gradients of a call of random tensors."""
+    torch.manual_seed(1)
+    query = torch.randn(case.batch, case.queries, case.heads, 16)
+    key, value = (torch.randn(case.batch, case.keys, case.kv_heads, 16) for _ in range(2))
+    call, grad = Call(0.25), torch.randn_like(query)
+    tensors = (query, key, value)
+    out, _, *kept = forward(plan, *tensors, call, with_norm=True, config=tiles.forward)
+    return [out, *backward(plan, *tensors, out, *kept, grad, call, Needs(), tiles=tiles)[:3]]
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_lists_of_a_plan(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that the passes would make, so that these make none; one launch makes all."""
+    case = CASES[name]
+    mask, tiles = mask_of(case), tiles_of(case)
+    launches = Launches(monkeypatch)
+    bare, plan = plan_of(case, mask), plan_of(case, mask, tiles)
+    assert bare.lists == () and launches.names.count("list_kernel") == 1
+    # Forward and dQ have tiles of the same sizes.
+    assert [sizes.of_tiles for sizes in plan.list_sizes] == [True, False]
+    for sizes, got in zip(plan.list_sizes, plan.lists, strict=True):
+        make = LISTING.tile_lists if sizes.of_tiles else LISTING.slot_lists
+        want = make(bare, *sizes[1:])
+        assert got.shape == want.shape
+        used = torch.arange(got.shape[-1]) < want[..., 1:2] + (3 if sizes.of_tiles else 2)
+        assert torch.equal(got.where(used, 0), want.where(used, 0)) and want[..., 1].any()
+    launches.names.clear()
+    results = run_passes(case, plan, tiles)
+    assert "list_kernel" not in launches.names
+    again = run_passes(case, bare, tiles)
+    assert launches.names.count("list_kernel") == 3
+    assert all(torch.equal(*pair) for pair in zip(results, again, strict=True))
+
+
+@pytest.mark.parametrize("bias_shape", [None, (1, 1, 40, 140)])
+def test_a_call_prepares_the_lists_it_reads(
+    bias_shape: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sizes are those that the passes choose."""
+    for name in ("forward", "backward"):
+        module = importlib.import_module(f"flash_sparse_attn.backends.triton.{name}")
+        monkeypatch.setattr(module, "architecture_of", lambda device: "sm_90")
+    monkeypatch.setattr(masks, "DIRECT_KEYS", 0)
+    query, (key, value) = torch.randn(1, 40, 2, 64), torch.randn(2, 1, 140, 1, 64)
+    bias = None if bias_shape is None else torch.randn(bias_shape)
+    facts = (40, 140, 2, 1, 1, True, "sm_90", 64, bias is not None)
+    layout = mask_ops._layout_of((1, 1, 40, 140), *facts)
+    assert len(layout.lists) == 3
+    mask = torch.rand(1, 1, 40, 140) < 0.3
+    plan = plan_mask(mask, layout, is_causal=True, for_backward=True)
+    launches = Launches(monkeypatch)
+    call = Call(0.125, 0.0, None if bias is None else Bias.of(bias, 2, 1))
+    out, _, *kept = forward(plan, query, key, value, call, with_norm=True)
+    grads = Needs(bias=bias is not None)
+    backward(plan, query, key, value, out, *kept, torch.randn_like(out), call, grads)
+    assert {"forward_kernel", "grad_query_kernel", "grad_key_kernel"} <= set(launches.names)
+    assert "list_kernel" not in launches.names
+
+
+def test_lists_of_other_sizes_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan made for another head dimension, or number of heads, serves as well."""
+    case = CASES["bits"]
+    mask = mask_of(case)
+    tiles = tiles_of(case)
+    expected = run_passes(case, plan_of(case, mask), tiles)
+    others = Tiles(*(TileConfig(*size, 1, 1) for size in ((32, 32), (32, 64), (32, 16))))
+    launches = Launches(monkeypatch)
+    plan = plan_of(case, mask, others)
+    assert launches.names.count("list_kernel") == 1 and len(plan.lists) == 3
+    results = run_passes(case, plan, tiles)
+    assert launches.names.count("list_kernel") == 4
+    assert all(torch.equal(*pair) for pair in zip(results, expected, strict=True))
+    more = replace(case, heads=4)
+    expected = run_passes(more, plan_of(more, mask), tiles)
+    results = run_passes(more, plan_of(case, mask, tiles), tiles)
+    assert all(torch.equal(*pair) for pair in zip(results, expected, strict=True))
 
 
 def test_tiles_of_other_epochs() -> None:

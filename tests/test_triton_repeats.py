@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +22,7 @@ from flash_sparse_attn.backends import eager_select
 from flash_sparse_attn.backends.triton import calls, collect, config, plan_mask
 from flash_sparse_attn.backends.triton import launch as launching
 from flash_sparse_attn.backends.triton import plan as planning
+from flash_sparse_attn.backends.triton.config import TileConfig, Tiles
 from flash_sparse_attn.backends.triton.masks import MaskLayout
 from flash_sparse_attn.backends.triton.select import select_intervals
 from flash_sparse_attn.backends.triton.select_rows import SelectTiles
@@ -138,7 +140,14 @@ def make_selection(mode: str, mask: Tensor | None, borders: Tensor | None) -> Ke
 
 
 def same_plans(got: Plan, want: Plan) -> bool:
-    pairs = zip(got.parts, want.parts, strict=True)
+    def parts(plan: Plan) -> list[Tensor | None]:
+        """Of lists what is written."""
+        ends = (each[..., 1:2] + 2 for each in plan.lists)
+        lists = zip(plan.lists, ends, strict=True)
+        written = (a.where(torch.arange(a.shape[-1]) < end, 0) for a, end in lists)
+        return [*replace(plan, lists=()).parts, *written]
+
+    pairs = zip(parts(got), parts(want), strict=True)
     return all(a is b is None or torch.equal(a, b) for a, b in pairs) and got.sizes == want.sizes
 
 
@@ -179,12 +188,15 @@ def test_plans(name: str, repeats: Repeats, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("shape", [(2, 1, 1, 80), (1, 2, 40, 80)])
 def test_plans_of_masks(shape: tuple[int, ...], repeats: Repeats) -> None:
     kind = "shown" if shape[2] == 1 else "bits"
+    tiles = Tiles(*(TileConfig(*size, 1, 1) for size in ((16, 16), (16, 32), (32, 16))))
     layout = MaskLayout.of(shape, 40, 80, 2, 2, 2, kind, 32)
+    layout = layout.with_lists(tiles, 1, 160, for_backward=True)
     masks = [torch.rand(shape) < 0.4 for _ in range(2)]
     options = {"is_causal": True, "for_backward": True}
     plans = [plan_mask.plan_mask(mask, layout, **options) for mask in masks]
     check_repeated(repeats)
     launching._recordings.clear()
+    assert len(plans[0].lists) == (3 if kind == "bits" else 0)
     assert same_plans(plans[1], plan_mask.plan_mask(masks[1], layout, **options))
     assert not same_plans(*plans)
 

@@ -23,11 +23,34 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree
+
+
+class ListSizes(NamedTuple):
+    """What a list of blocks or tiles is for: a kernel with tiles of these sizes.
+
+    Attributes:
+        of_tiles: Whether it has the blocks of slots of every query tile, or else the query tiles of
+            every block.
+        group: ``H / Hkv``.
+        block_m: Rows, (query, head of a KV head) pairs, of a tile.
+        block_n: Slots of a block.
+    """
+
+    of_tiles: bool
+    group: int
+    block_m: int
+    block_n: int
+
+    def shape(self, epoch_len: int, num_slots: int) -> tuple[int, int]:
+        """Tiles or blocks that have a list in an epoch, and its length: entries after 3 or 2."""
+        num_tiles = -(-epoch_len * self.group // self.block_m)
+        num_blocks = num_slots // self.block_n
+        return (num_tiles, 3 + num_blocks) if self.of_tiles else (num_blocks, 2 + num_tiles)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -62,6 +85,11 @@ class Plan:
             all, of 32 slots.
         mask: Bool ``({1|B}, {1|Hkv|H}, {1|Q}, {1|K})`` or ``None``, read by the kernels themselves
             where the slots are the keys.
+        lists: int32 ``[rows, E, tiles, 3 + blocks]`` or ``[rows, E, blocks, 2 + tiles]`` for each
+            of `list_sizes`, beside `block_bits`: how many entries are visible whole, how many are
+            visible at all, for tiles the first key of the epoch if its keys lie side by side, else
+            -1, and the entries, whole ones first. A kernel of other sizes makes its own.
+        list_sizes: What `lists` are for.
         epoch_len: ``L``.
         old_slots: Slots of the old part; the new part begins there.
         query_len: ``Q``.
@@ -87,6 +115,8 @@ class Plan:
     slot_bits: Tensor | None = None
     block_bits: Tensor | None = None
     mask: Tensor | None = None
+    lists: tuple[Tensor, ...] = ()
+    list_sizes: tuple[ListSizes, ...] = ()
 
     @property
     def slots(self) -> str:
@@ -135,9 +165,10 @@ class Plan:
         return sum(part.numel() * part.element_size() for part in self.parts if part is not None)
 
     @property
-    def sizes(self) -> tuple[int, int, int, int]:
-        """``epoch_len, old_slots, query_len, key_len``."""
-        return self.epoch_len, self.old_slots, self.query_len, self.key_len
+    def sizes(self) -> tuple[int, ...]:
+        """``epoch_len, old_slots, query_len, key_len``, then `list_sizes` one after the other."""
+        own = self.epoch_len, self.old_slots, self.query_len, self.key_len
+        return (*own, *(int(size) for sizes in self.list_sizes for size in sizes))
 
     @property
     def parts(self) -> tuple[Tensor | None, ...]:
@@ -155,6 +186,7 @@ class Plan:
             self.slot_bits,
             self.block_bits,
             self.mask,
+            *self.lists,
         )
 
     def tensors(self) -> list[Tensor]:
@@ -187,10 +219,27 @@ class Plan:
         cls, tensors: Sequence[Tensor | None], sizes: Sequence[int], clamps_positions: bool
     ) -> Plan:
         """The inverse of `tensors` and `sizes`; no tensors at all are as good as empty ones."""
-        facts: dict[str, Any] = dict(zip(_SIZES, (*sizes, clamps_positions), strict=True))
-        for name, tensor in zip(_TENSORS, tensors or [None] * len(_TENSORS), strict=True):
-            facts[name] = tensor if tensor is not None and tensor.numel() else None
-        return cls(**facts)
+        given = tensors or [None] * len(_TENSORS)
+        return cls._of(
+            [tensor if tensor is not None and tensor.numel() else None for tensor in given],
+            (*sizes, clamps_positions),
+        )
+
+    @classmethod
+    def _of(cls, parts: Sequence[Any], facts: Sequence[int]) -> Plan:
+        """From `parts`, or what a tree map put in their place, and `sizes` with the last field."""
+        *sizes, clamps_positions = facts
+        own, rest = sizes[: len(_SIZES)], sizes[len(_SIZES) :]
+        values: dict[str, Any] = dict(zip(_TENSORS, parts[: len(_TENSORS)], strict=True))
+        values |= zip(_SIZES, own, strict=True)
+        count = len(ListSizes._fields)
+        lists = (rest[i : i + count] for i in range(0, len(rest), count))
+        return cls(
+            **values,
+            clamps_positions=bool(clamps_positions),
+            lists=tuple(parts[len(_TENSORS) :]),
+            list_sizes=tuple(ListSizes(bool(of_tiles), *numbers) for of_tiles, *numbers in lists),
+        )
 
     def fits(self, query_len: int, is_causal: bool, for_backward: bool) -> bool:
         """Whether a call with so many queries can use this plan."""
@@ -199,6 +248,10 @@ class Plan:
             and self.clamps_positions != is_causal
             and (self.use_slot is not None or not for_backward)
         )
+
+    def lists_for(self, sizes: ListSizes) -> Tensor | None:
+        """The list for a kernel of these sizes, if there is one."""
+        return dict(zip(self.list_sizes, self.lists, strict=True)).get(sizes)
 
     def bounds(self) -> list[tuple[int, int, int]]:
         """First query, number of queries, first position of every epoch; a sync if packed."""
@@ -266,16 +319,11 @@ _TENSORS = (
     "block_bits",
     "mask",
 )
-_SIZES = ("epoch_len", "old_slots", "query_len", "key_len", "clamps_positions")
+_SIZES = ("epoch_len", "old_slots", "query_len", "key_len")
 
 _pytree.register_pytree_node(
     Plan,
-    lambda plan: (
-        list(plan.parts),
-        tuple(getattr(plan, name) for name in _SIZES),
-    ),
-    lambda children, context: Plan(
-        **dict(zip(_TENSORS, children, strict=True)), **dict(zip(_SIZES, context, strict=True))
-    ),
+    lambda plan: (list(plan.parts), (*plan.sizes, plan.clamps_positions)),
+    lambda children, context: Plan._of(list(children), context),
     serialized_type_name="flash_sparse_attn.plan.Plan",
 )

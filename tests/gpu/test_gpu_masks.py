@@ -214,7 +214,7 @@ def test_skipping_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
         plan = make(*args, **options)
         bits = plan.block_bits.clone()
         bits[..., 0] = -1
-        return replace(plan, block_bits=bits)
+        return replace(plan, block_bits=bits, lists=(), list_sizes=())
 
     monkeypatch.setattr(planning, "plan_mask", without_skips)
     second = check(query, key, value, mask, bias, is_causal=True)

@@ -22,6 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from torch.profiler import ProfilerActivity, profile
 
 from flash_sparse_attn.backends.triton.backward import Needs, backward
+from flash_sparse_attn.backends.triton.config import architecture_of, tiles_for
 from flash_sparse_attn.backends.triton.forward import forward
 from flash_sparse_attn.backends.triton.inputs import Bias, Call
 from flash_sparse_attn.backends.triton.masks import MaskLayout
@@ -66,7 +67,10 @@ class Pass:
         self.mask, self.bias, self.is_causal = mask, bias, is_causal
         self.call = Call(dim**-0.5, 0.0, None if bias is None else Bias.of(bias, heads, kv_heads))
         shape = None if mask is None else mask.shape
-        self.layout = MaskLayout.of(shape, length, length, heads, kv_heads, 1)
+        layout = MaskLayout.of(shape, length, length, heads, kv_heads, 1)
+        reads_pairs = bias is not None and bias.shape[2] > 1
+        tiles = tiles_for(architecture_of(self.query.device), dim, reads_pairs)
+        self.layout = layout.with_lists(tiles, heads // kv_heads, heads * length, for_backward=True)
 
     def plan(self) -> Plan:
         if self.layout.kind == "keys":

@@ -475,7 +475,7 @@ def forward(
         tiles = tiles_for(architecture_of(query.device), head_dim, reads_pairs)
         config = tiles.forward_of(plan.slots, batch * query_len * num_heads)
     num_tiles = triton.cdiv(plan.epoch_len * group, config.block_m)
-    lists = tile_lists(plan, group, num_tiles, config.block_m, config.block_n)
+    lists = tile_lists(plan, group, config.block_m, config.block_n)
     uses_tma = uses_descriptors(plan, key, value, config)
     runs = run_sources(plan, key, value, call, config)
     for now in slot_chunks(plan, range(batch * heads_kv), query, key):

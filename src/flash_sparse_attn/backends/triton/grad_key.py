@@ -458,7 +458,7 @@ def run_grad_key(
     )
     num_blocks = triton.cdiv(plan.num_slots, config.block_n)
     num_tiles = num_query_tiles(plan, saved, config)
-    lists = slot_lists(plan, group, num_tiles, config.block_m, config.block_n)
+    lists = slot_lists(plan, group, config.block_m, config.block_n)
     block_k = max(1, REDUCED_FLOATS // padded_head_dim(head_dim))
     key_blocks = triton.cdiv(key_len, block_k)
     for row in range(0, rows, chunk):

@@ -471,7 +471,7 @@ def run_grad_query(
     heads_kv, head_dim, group = key.shape[2], key.shape[3], saved.group
     num_tiles = num_query_tiles(plan, saved, config)
     tiles = tiles or range(plan.num_epochs * num_tiles)
-    lists = tile_lists(plan, group, num_tiles, config.block_m, config.block_n)
+    lists = tile_lists(plan, group, config.block_m, config.block_n)
     uses_tma = uses_descriptors(plan, key, value, config)
     runs = run_sources(plan, key, value, call, config)
     chunks = [saved.rows] if pairs is not None else slot_chunks(plan, saved.rows, query, key)

@@ -12,19 +12,48 @@ from ...plan import Plan
 from ...problem import Problem
 from ...tracing import is_traced
 from ...varlen import PackedSequences
-from .config import SLOT_ALIGN
+from .config import SLOT_ALIGN, architecture_of, tiles_for
 from .masks import MaskLayout
 from .ops import on_device
 
 _library = torch.library.Library("flash_sparse_attn", "FRAGMENT")
 _library.define(
     "plan_mask(Tensor mask, SymInt query_len, SymInt key_len, int num_heads, int heads_kv,"
-    " SymInt batch, bool is_causal, bool for_backward) -> Tensor[]"
+    " SymInt batch, bool is_causal, bool for_backward, str architecture, int head_dim,"
+    " bool reads_pairs) -> Tensor[]"
 )
 _library.define(
     "plan_packed(Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt query_len, SymInt key_len,"
     " SymInt num_slots, SymInt epoch_len, bool for_backward) -> (Tensor, Tensor)"
 )
+
+
+def _layout_of(
+    mask_shape: tuple[int, ...],
+    query_len: int,
+    key_len: int,
+    num_heads: int,
+    heads_kv: int,
+    batch: int,
+    for_backward: bool,
+    architecture: str,
+    head_dim: int,
+    reads_pairs: bool,
+) -> MaskLayout:
+    """The layout of a call with a bool mask, with the lists that its kernels are going to read."""
+    layout = MaskLayout.of(mask_shape, query_len, key_len, num_heads, heads_kv, batch)
+    return layout.with_lists(
+        tiles_for(architecture, head_dim, reads_pairs), num_heads // heads_kv,
+        batch * query_len * num_heads, for_backward=for_backward,
+    )  # fmt: skip
+
+
+def _architecture_of(device: torch.device) -> str:
+    return architecture_of(device)
+
+
+# A compiler need not look into it.
+_architecture_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @on_device
@@ -37,10 +66,16 @@ def _plan_mask(
     batch: int,
     is_causal: bool,
     for_backward: bool,
+    architecture: str,
+    head_dim: int,
+    reads_pairs: bool,
 ) -> list[Tensor]:
     from .plan_mask import plan_mask
 
-    layout = MaskLayout.of(mask.shape, query_len, key_len, num_heads, heads_kv, batch)
+    layout = _layout_of(
+        mask.shape, query_len, key_len, num_heads, heads_kv, batch, for_backward, architecture,
+        head_dim, reads_pairs,
+    )  # fmt: skip
     return plan_mask(mask, layout, is_causal=is_causal, for_backward=for_backward).tensors()
 
 
@@ -75,8 +110,14 @@ def _(
     batch: int,
     is_causal: bool,
     for_backward: bool,
+    architecture: str,
+    head_dim: int,
+    reads_pairs: bool,
 ) -> list[Tensor]:
-    layout = MaskLayout.of(mask.shape, query_len, key_len, num_heads, heads_kv, batch)
+    layout = _layout_of(
+        mask.shape, query_len, key_len, num_heads, heads_kv, batch, for_backward, architecture,
+        head_dim, reads_pairs,
+    )  # fmt: skip
     return [mask.new_empty(shape, dtype=dtype) for shape, dtype in layout.shapes(for_backward)]
 
 
@@ -105,8 +146,13 @@ def plan_of(problem: Problem, mask: Tensor | None) -> Plan:
     layout = MaskLayout.of(shape, query_len, key_len, *heads)
     if mask is None or layout.kind == "keys":
         return _plan_of_keys(layout.sizes, is_causal, mask)
+    # The kernels of a plan from a mask read no mask themselves.
+    reads_pairs = problem.bias_shape is not None and problem.bias_shape[2] > 1
+    needs, head_dim = problem.requires_grad, problem.head_dim
+    kernels = _architecture_of(problem.device), head_dim, reads_pairs
+    layout = _layout_of(mask.shape, query_len, key_len, *heads, needs, *kernels)
     call = torch.ops.flash_sparse_attn.plan_mask if is_traced(mask) else _plan_mask
-    tensors = call(mask, query_len, key_len, *heads, is_causal, problem.requires_grad)
+    tensors = call(mask, query_len, key_len, *heads, is_causal, needs, *kernels)
     return Plan.of(tensors, layout.sizes, not is_causal)
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from ...plan import ListSizes
 from .config import (
     DENSE_PROGRAMS,
     DIRECT_KEYS,
     SHOWN_PROGRAMS,
     SLOT_ALIGN,
+    Tiles,
     dense_epoch_length,
     mask_epoch_length,
 )
@@ -30,6 +32,7 @@ class MaskLayout:
         num_epochs: ``E``.
         num_slots: ``P``, all of them in the old part.
         query_len, key_len: ``Q`` and ``K``.
+        lists: The lists of blocks and tiles that the plan holds ready.
     """
 
     kind: str
@@ -41,6 +44,7 @@ class MaskLayout:
     num_slots: int
     query_len: int
     key_len: int
+    lists: tuple[ListSizes, ...] = ()
 
     @classmethod
     def of(
@@ -81,14 +85,34 @@ class MaskLayout:
             key_len,
         )
 
+    def with_lists(
+        self, tiles: Tiles, group: int, num_rows: int, *, for_backward: bool
+    ) -> MaskLayout:
+        """The layout with the lists that the kernels of these sizes read; without bits the same.
+
+        Args:
+            tiles: Of the call.
+            group: ``H / Hkv``.
+            num_rows: (query, head) pairs of the call.
+            for_backward: Also those of the backward pass.
+        """
+        if self.kind != "bits":
+            return self
+        readers = [(True, tiles.forward_of("gathered", num_rows))]
+        if for_backward:
+            readers += [(True, tiles.grad_query), (False, tiles.grad_key)]
+        lists = (ListSizes(of, group, each.block_m, each.block_n) for of, each in readers)
+        return replace(self, lists=tuple(dict.fromkeys(lists)))  # one serves those of equal sizes
+
     @property
     def rows(self) -> tuple[int, int]:
         return self.row_batches, self.row_heads
 
     @property
     def sizes(self) -> list[int]:
-        """``epoch_len, old_slots, query_len, key_len`` of the plan."""
-        return [self.epoch_len, self.num_slots, self.query_len, self.key_len]
+        """`Plan.sizes`."""
+        own = [self.epoch_len, self.num_slots, self.query_len, self.key_len]
+        return own + [int(size) for sizes in self.lists for size in sizes]
 
     def shapes(self, for_backward: bool) -> list[tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of every tensor of a plan that is not of the keys; empty for ``None``."""
@@ -104,5 +128,6 @@ class MaskLayout:
         used = (*lists, self.key_len) if for_backward else (0,)
         all_shapes = (
             slots, interval, interval, (*lists, 2), queries, queries, (0,), used, (0,), *bits, (0,),
+            *((*lists, *each.shape(self.epoch_len, self.num_slots)) for each in self.lists),
         )  # fmt: skip
         return [(shape, torch.int32) for shape in all_shapes]

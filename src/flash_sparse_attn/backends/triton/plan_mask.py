@@ -19,6 +19,7 @@ from torch import Tensor
 from ...intervals import NEVER
 from ...plan import Plan
 from ...varlen import PackedSequences
+from .block_lists import fill_lists
 from .collect import distinct_borders, epoch_table, pad_slots
 from .config import SLOT_ALIGN
 from .inputs import broadcast_strides
@@ -368,6 +369,9 @@ def plan_mask(mask: Tensor, layout: MaskLayout, *, is_causal: bool, for_backward
         layout: For the mask and the call; not of the kind ``"keys"``.
         is_causal: Whether keys after a query's position are hidden as well.
         for_backward: Also list the slots of every key.
+
+    Returns:
+        The plan, with the lists of the layout.
     """
 
     def run() -> list[Tensor | None]:
@@ -380,6 +384,8 @@ def plan_mask(mask: Tensor, layout: MaskLayout, *, is_causal: bool, for_backward
             _fill_shown(plan, mask, layout, is_causal)
         else:
             _fill_bits(plan, mask, layout, is_causal)
+            if plan.lists:
+                fill_lists(plan, plan.lists, plan.list_sizes)
         return tensors
 
     tensors = repeat_call(("plan mask", layout, is_causal, for_backward), (mask,), run)
