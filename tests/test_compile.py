@@ -72,6 +72,7 @@ def signature(kernel: Any, constants: dict[str, Any]) -> tuple[dict, dict, dict]
         block = (1, constants["BLOCK_N"], 1, constants["BLOCK_D"])
     tile = (1, constants["BLOCK_M"] // constants["GROUP"], constants["GROUP"], constants["BLOCK_D"])
     absent = ["ptr_epochs", "ptr_pairs", *([] if constants["HAS_MASK"] else ["ptr_mask"])]
+    absent += [] if constants["RUNS"] else ["runs_k", "runs_v"]
     copied = ("ptr_start", "ptr_expiry", "ptr_visible", "ptr_entered", "ptr_slot_bias")
     if constants["SLOTS"] == "copied":
         absent += ["ptr_bits", "ptr_lists", "ptr_bias"]
@@ -94,6 +95,8 @@ def signature(kernel: Any, constants: dict[str, Any]) -> tuple[dict, dict, dict]
         if param.is_constexpr or name in absent:
             types[name] = "constexpr"
             values[(index,)] = constants.get(name)
+        elif name.startswith("runs_"):
+            types[name] = f"tensordesc<bf16[1,{constants['BLOCK_N']},1,{constants['BLOCK_D']}]>"
         elif (name.startswith("slots_") and constants["TMA"]) or (
             name.startswith("tiles_") and constants["TMA_Q"]
         ):
@@ -170,7 +173,8 @@ def compiled(
         "CLAMPS": False, "PACKED": False, "SLOTS": "keys" if slots == "pairs" else slots,
         "HAS_MASK": slots == "pairs", "ROWS": slots == "pairs", "MEMBERS": 1,
         "WORDS": max(1, tiles.block_m // 4 // 32),
-        "TMA": tiles.uses_tma and slots != "gathered", "TMA_Q": tiles.uses_tma,
+        "TMA": tiles.uses_tma and slots != "gathered", "RUNS": tiles.uses_tma and slots == "gathered",
+        "TMA_Q": tiles.uses_tma,
         "TMA_GRAD": tiles.uses_tma, **dict.fromkeys(flags + needs, True),
         "NEEDS_BIAS": slots != "pairs",
     }  # fmt: skip

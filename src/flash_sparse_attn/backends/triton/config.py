@@ -150,13 +150,14 @@ _TABLE = {
         (64, 64, 4, 2, _TMA, 128),
         (64, 64, 4, 3, _TMA, 168),
         (128, 64, 4, 2, _TMA),
-        # Bool masks at 32768 of the best 1024 and 4096 keys, of all keys before, and of a sliding
-        # window of 1024: 0.117, 0.323, 0.998, 0.088; 64 slots and 128 registers 0.158, 0.463,
-        # 1.418, 0.079; 128 rows and 64 slots 0.177, 0.525, 1.289, 0.085; with 8 warps 0.223, 0.680,
-        # 1.951, 0.114.
+        # Bool masks at 32768 of the best 1024 keys, of a sliding window of 1024, of a prefix, and
+        # windows at 8192: 0.113, 0.065, 0.688, 0.023; 2 stages 0.125, 0.062, 0.668, 0.022; 64 slots
+        # and 128 registers 0.158, 0.058, 0.727, 0.025; 128 rows and 64 slots 0.192, 0.068, 0.867,
+        # 0.032; without descriptors 0.117, 0.089, 1.071, 0.029.
         (64, 128, 4, 3, _TMA, 168),
-        # All keys visible: 1.018, 128 rows and 64 slots 1.080.
-        (64, 128, 4, 3, _POINTERS, 168),
+        # All keys visible, without a bias and with one per key: 0.641, 0.813; 3 stages 0.622,
+        # 0.882; without descriptors 0.969, 1.083.
+        (64, 128, 4, 2, _TMA, 168),
     ),
     # (1, 32, 8, 32768, 2048): 2.7, 3.3, 4.3. Two programs of 4 warps share a multiprocessor: one
     # computes scores while the other waits; 8 warps: 2.9, 3.5, 4.9.
@@ -164,8 +165,9 @@ _TABLE = {
         (128, 64, 4, 2, _TMA),
         (64, 64, 4, 2, _TMA),
         (64, 64, 4, 2, _TMA),
-        # The best 2048 of 16384 keys, 8 heads on 2: 0.773, 64 rows and 4 warps 0.771, 128 slots
-        # 0.732.
+        # The best 2048 of 16384 keys, and a sliding window of 1024 at 8192, 8 heads on 2: 0.552,
+        # 0.118; 4 warps and 2 stages 0.620, 0.097; 64 rows 0.564, 0.101; without descriptors 0.549,
+        # 0.135.
         (128, 64, 8, 3, _TMA),
     ),
     # Run for correctness, not timed.

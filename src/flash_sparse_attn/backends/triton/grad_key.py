@@ -259,6 +259,9 @@ def grad_key_kernel(
     """One program per (row, epoch, block of slots)."""
     i_local, rest = row_and_rest(num_epochs * num_blocks)
     i_epoch, i_block = rest // num_blocks, rest % num_blocks
+    if SLOTS == "gathered":
+        # Most blocks hold nothing, and those that do are the first of their epochs: these first.
+        i_block, i_epoch = rest // num_epochs, rest % num_epochs
     i_row = row_0 + i_local
     i_batch, i_head = i_row // HEADS_KV, i_row % HEADS_KV
     plan_list = (i_batch * plan_b + i_head * plan_h) * num_lists
