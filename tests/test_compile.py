@@ -19,7 +19,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from flash_sparse_attn.backends.triton import config, grad_pair, plan_mask  # noqa: E402
+from flash_sparse_attn.backends.triton import config, grad_pair, mask_bits  # noqa: E402
 from flash_sparse_attn.backends.triton.forward import forward_kernel  # noqa: E402
 from flash_sparse_attn.backends.triton.grad_key import grad_key_kernel  # noqa: E402
 from flash_sparse_attn.backends.triton.grad_query import grad_query_kernel  # noqa: E402
@@ -309,17 +309,36 @@ def test_gradients_of_pairs_are_spread_16_bytes_at_a_time(sums: bool, slots: str
     assert widths(code, "LDG") == ({".128"} if slots == "keys" else {".128", ""})
 
 
+def loads_under_way(code: str) -> int:
+    """Loads in a row that do not wait for the register of one before."""
+    most, taken = 0, set()
+    for register in re.findall(r"\bLDG\S* (R\d+),", code):
+        taken = set() if register in taken else taken
+        taken.add(register)
+        most = max(most, len(taken))
+    return most
+
+
 def test_masks_are_packed_16_bytes_at_a_time() -> None:
     constants = {
         "ROW_HEADS": 1, "MEMBERS": 1, "CAUSAL": True, "UNIT": True, "QUADS": True,
-        "BLOCK": plan_mask._PACKED, "num_warps": plan_mask._PACKED // 512,
+        "WORDS": mask_bits._WORDS, "BLOCK": mask_bits._PACKED, "ROWS": mask_bits._ROWS,
+        "POLICY": mask_bits._POLICY, "num_warps": mask_bits._PACK_WARPS,
     }  # fmt: skip
-    pointers = {"ptr_mask": "*u8", "ptr_seen": "*i8"}
-    code = hopper_code(plan_mask.pack_kernel, constants, pointers)
-    assert widths(code, "LDG") == {".128"}
-    assert widths(code, "STG") <= {".128", ".64"}
-    constants = {"PARTS": 4, "ALIGNED": True, "USES": True, "BLOCK": 4096, "num_warps": 16}
-    assert widths(hopper_code(plan_mask.slot_kernel, constants, pointers), "LDG") == {".64"}
+    code = hopper_code(mask_bits.pack_kernel, constants, {"ptr_mask": "*u8"})
+    assert widths(code, "LDG") == {".EF"} and set(re.findall(r"LDG\.E\.EF(\S*)", code)) == {".128"}
+    # The words of a key together; bits and counts of 32 keys one by one.
+    assert widths(code, "STG") == {".128", ""}
+    assert loads_under_way(code) >= mask_bits._ROWS
+    constants = {
+        "MEMBERS": 1, "WORDS": 4, "STEP": 4, "PACKED": 512, "BLOCK": 128, "num_warps": 4,
+    }  # fmt: skip
+    assert ".128" in widths(hopper_code(mask_bits.bits_kernel, constants, {}), "LDG")
+    constants = {
+        "SHEETS": 8, "SHEETS_PAD": 8, "USES": True, "ALIGNED": True, "COUNTED": 1024, "BLOCK": 128,
+        "num_warps": 8,
+    }  # fmt: skip
+    assert ".128" in widths(hopper_code(mask_bits.slot_kernel, constants, {}), "STG")
 
 
 @pytest.mark.heavy

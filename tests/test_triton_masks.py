@@ -32,16 +32,19 @@ NAMES = ("out", "grad query", "grad key", "grad value", "grad bias")
 
 PLANNING = importlib.import_module("flash_sparse_attn.backends.triton.plan_mask")
 LISTING = importlib.import_module("flash_sparse_attn.backends.triton.block_lists")
+PACKING = importlib.import_module("flash_sparse_attn.backends.triton.mask_bits")
 SPREADING = importlib.import_module("flash_sparse_attn.backends.triton.grad_pair")
 
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Masks are packed, scanned and counted, and gradients of biases stored, in several blocks."""
-    sizes = {"_PACKED": 32, "_SCANNED": 64, "_COUNTED": 16, "_OWNED": 32}
-    for name, size in sizes.items():
+    for name, size in {"_COUNTED": 16, "_OWNED": 32}.items():
         monkeypatch.setattr(PLANNING, name, size)
-    for name, size in {"_OWNERS": 2, "_SIZE": 4}.items():
+    sizes = {"_PACKED": 32, "_PROGRAMS": 1, "_SCANNED": 1, "_COUNTED_WORDS": 8}
+    for name, size in sizes.items():
+        monkeypatch.setattr(PACKING, name, size)
+    for name, size in {"_OWNERS": 4, "_SIZE": 4}.items():
         monkeypatch.setattr(LISTING, name, size)
     for name, size in {"_KEYS": 32, "_TOGETHER": 4, "_PROGRAMS": 1}.items():
         monkeypatch.setattr(SPREADING, name, size)
@@ -185,6 +188,12 @@ CASES = {
     "bits, aligned rows, fewer queries": Case(
         queries=45, keys=112, mask=(1, 1, 45, 112), bias=(1, 2, 45, 112)
     ),
+    "bits, long epochs": Case(
+        queries=140, keys=80, mask=(1, 2, 140, 80), epoch=128, pattern="window"
+    ),
+    "bits, long epochs, aligned rows": Case(
+        queries=112, keys=96, mask=(1, 1, 112, 96), epoch=128, pattern="window", is_causal=False
+    ),
     "bits, sparse": Case(pattern="sparse", bias=(1, 2, 1, 70)),
     "bits, all": Case(pattern="all", bias=(1, 1, 70, 70), softcap=5.0),
     "bits, none": Case(pattern="none", bias=(1, 1, 70, 70)),
@@ -243,7 +252,7 @@ def test_attention(name: str) -> None:
     check(CASES[name])
 
 
-LISTED = ("bits", "bits, head mask", "bits, group of 3")
+LISTED = ("bits", "bits, group of 3")
 
 
 class Launches:
@@ -257,7 +266,7 @@ class Launches:
             self.names.append(kernel.fn.__name__)
             return launch(kernel, num_programs)
 
-        for name in ("block_lists", "forward", "grad_key", "grad_query", "plan_mask"):
+        for name in ("block_lists", "forward", "grad_key", "grad_query", "mask_bits"):
             module = importlib.import_module(f"flash_sparse_attn.backends.triton.{name}")
             patch.setattr(module, "launch", noted)
 
@@ -324,7 +333,7 @@ def test_a_call_prepares_the_lists_it_reads(
 
 def test_lists_of_other_sizes_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """A plan made for another head dimension, or number of heads, serves as well."""
-    case = CASES["bits"]
+    case = replace(CASES["bits"], queries=40, mask=(1, 1, 40, 70))
     mask = mask_of(case)
     tiles = tiles_of(case)
     expected = run_passes(case, plan_of(case, mask), tiles)

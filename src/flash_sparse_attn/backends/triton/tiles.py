@@ -14,11 +14,11 @@ import triton.language as tl
 NUMBERS = (
     "query_len", "key_len", "epoch_len", "num_epochs", "num_lists", "num_tiles", "num_blocks",
     "num_rows", "num_items", "old_slots", "num_slots", "row_0", "plan_b", "plan_h", "tile_0",
-    "num_now", "num_batches", "programs_0", "programs_1", "unit_0", "units_now", "unit_len",
-    "units_of_epoch", "num_parts", "num_sequences", "num_runs", "num_bits", "coarse_len",
-    "num_coarse", "piece_len", "num_pieces", "keep_first", "keep_recent", "has_rest", "sqb", "sqn",
-    "sqh", "skb", "skn", "skh", "svb", "svn", "svh", "sgb", "sgn", "sgh", "sgd", "sbb", "sbk",
-    "sbg", "sbq", "sbn", "smb", "smk", "smg", "smq", "smn",
+    "num_now", "num_batches", "programs_0", "programs_1", "columns", "unit_0", "units_now",
+    "unit_len", "units_of_epoch", "num_parts", "num_sequences", "num_runs", "num_bits",
+    "coarse_len", "num_coarse", "piece_len", "num_pieces", "keep_first", "keep_recent", "has_rest",
+    "sqb", "sqn", "sqh", "skb", "skn", "skh", "svb", "svn", "svh", "sgb", "sgn", "sgh", "sgd",
+    "sbb", "sbk", "sbg", "sbq", "sbn", "smb", "smk", "smg", "smq", "smn",
 )  # fmt: skip
 
 _LOG2E = tl.constexpr(1.4426950408889634)
