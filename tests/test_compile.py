@@ -173,8 +173,8 @@ def compiled(
         "CLAMPS": False, "PACKED": False, "SLOTS": "keys" if slots == "pairs" else slots,
         "HAS_MASK": slots == "pairs", "ROWS": slots == "pairs", "MEMBERS": 1,
         "WORDS": max(1, tiles.block_m // 4 // 32),
-        "TMA": tiles.uses_tma and slots != "gathered", "RUNS": tiles.uses_tma and slots == "gathered",
-        "TMA_Q": tiles.uses_tma,
+        "TMA": tiles.uses_tma and slots != "gathered", "TMA_Q": tiles.uses_tma,
+        "RUNS": tiles.uses_tma and slots == "gathered" and row != "sm_100",
         "TMA_GRAD": tiles.uses_tma, **dict.fromkeys(flags + needs, True),
         "NEEDS_BIAS": slots != "pairs",
     }  # fmt: skip

@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...plan import Plan
-from .config import SLOT_ALIGN, TileConfig, padded_head_dim, slot_rows
+from .config import SLOT_ALIGN, TileConfig, architecture_of, padded_head_dim, slot_rows
 from .inputs import Bias, Call, head_tiles, is_aligned
 from .launch import launch
 from .tiles import NUMBERS, load_rows, log2_bias, row_and_rest, row_offsets
@@ -157,10 +157,12 @@ def run_sources(
 ) -> tuple[TensorDescriptor | None, TensorDescriptor | None]:
     """What a kernel loads neighbouring keys and values of gathered slots from, see `block_lists`.
 
-    ``None`` where it gathers them row by row all the same: a bias of pairs costs more than that.
+    ``None`` where it gathers them row by row all the same: a bias of pairs costs more than that,
+    and Triton 3.6 fails to compile both ways in one kernel for sm_100.
     """
     reads_pairs = call.bias is not None and not call.bias.is_per_key
-    if plan.slots != "gathered" or reads_pairs or not config.uses_tma:
+    can_load = config.uses_tma and architecture_of(key.device) != "sm_100"
+    if plan.slots != "gathered" or reads_pairs or not can_load:
         return None, None
     of_key, of_value = (head_tiles(tensor, [1, config.block_n, 1]) for tensor in (key, value))
     return (None, None) if of_key is None or of_value is None else (of_key, of_value)
