@@ -19,10 +19,11 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from flash_sparse_attn.backends.triton import config, grad_pair, mask_bits  # noqa: E402
+from flash_sparse_attn.backends.triton import block_lists, config, grad_pair, mask_bits  # noqa: E402
 from flash_sparse_attn.backends.triton.forward import forward_kernel  # noqa: E402
 from flash_sparse_attn.backends.triton.grad_key import grad_key_kernel  # noqa: E402
 from flash_sparse_attn.backends.triton.grad_query import grad_query_kernel  # noqa: E402
+from flash_sparse_attn.backends.triton.inputs import words_of_tile  # noqa: E402
 
 pytestmark = pytest.mark.skipif(is_interpreted(), reason="the interpreter compiles nothing")
 
@@ -307,6 +308,19 @@ def test_gradients_of_pairs_are_spread_16_bytes_at_a_time(sums: bool, slots: str
     assert widths(code, "STG") == {".128"}
     # Slots, and words or intervals, are of one key each.
     assert widths(code, "LDG") == ({".128"} if slots == "keys" else {".128", ""})
+
+
+@pytest.mark.parametrize("number", (1, 3))
+def test_lists_are_made_of_whole_flags(number: int) -> None:
+    """Those of all and of any query in one access, and nothing is spilled."""
+    sizes = ((16, 128, True), (64, 64, True), (32, 64, False))[:number]
+    constants = {"GROUP": 2, "MEMBERS": 1, "OWNERS": 4, "SIZE": 64, "num_warps": 1}
+    for i, (block_m, block_n, of_tiles) in enumerate(sizes):
+        constants |= {f"BLOCK_M_{i}": block_m, f"BLOCK_N_{i}": block_n}
+        constants |= {f"OF_TILES_{i}": of_tiles, f"WORDS_{i}": words_of_tile(block_m, 2)}
+    absent = tuple(f"ptr_lists_{i}" for i in range(number, 3))
+    code = hopper_code(block_lists.list_kernel, constants, {"ptr_bits": "*i64"}, absent)
+    assert ".64" in widths(code, "LDG")
 
 
 def loads_under_way(code: str) -> int:

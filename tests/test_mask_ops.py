@@ -70,6 +70,29 @@ def test_operators_have_fakes_and_gradients(mask_shape):
     assert [g.dtype for g in grads] == [torch.bfloat16, torch.bfloat16, torch.float32]
 
 
+@pytest.mark.parametrize("dynamic", (False, True))
+def test_a_compiler_sees_one_operator_of_planning(dynamic):
+    """Nothing of how sizes are chosen breaks its graph."""
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return lambda *tensors: tensors[:1]  # there is nothing to run on the CPU
+
+    def plan(mask, query, key):
+        options = {"is_causal": True, "softmax_scale": None, "softcap": 0.0, "deterministic": None}
+        problem = Problem.of(query, key, key, mask, None, **options)
+        return mask_ops.plan_of(problem, mask).lists[0]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(plan, fullgraph=True, backend=keep, dynamic=dynamic)
+    query, key = torch.randn(1, 160, 4, 64), torch.randn(1, LONG, 2, 64)
+    compiled(torch.ones(1, 1, 160, LONG, dtype=torch.bool), query, key)
+    (graph,) = graphs
+    called = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+    assert torch.ops.flash_sparse_attn.plan_mask in called
+
+
 def test_packed_sequences_are_epochs():
     with FakeTensorMode():
         borders = torch.empty(6, dtype=torch.int32)

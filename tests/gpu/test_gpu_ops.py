@@ -54,6 +54,12 @@ def test_operators_pass_opcheck():
         # Slots past the last used block are not written.
         test_utils=("test_schema", "test_faketensor"),
     )
+    mask = torch.rand(1, 1, 130, 3000, device="cuda") < 0.3
+    torch.library.opcheck(
+        torch.ops.flash_sparse_attn.plan_mask,
+        (mask, 130, 3000, 4, 2, 1, True, True, "sm_90", 64, False),
+        test_utils=("test_schema", "test_faketensor"),
+    )
     call = (0.125, 0.0, False, list(plan.sizes))
     bias = scores.detach()[:, :, None].requires_grad_()
     torch.library.opcheck(
