@@ -346,6 +346,19 @@ def test_block_lists_are_checked():
         attend(query, key, value, lists[:, :, :5], 4)
 
 
+@pytest.mark.parametrize("how", ["positions", "borders"])
+def test_block_lists_of_packed_texts_are_refused(how):
+    """Blocks are counted in whole rows, and so the model's own lists cross the borders."""
+    query, lists = torch.randn(1, 2, 12, 8), torch.zeros(1, 1, 12, 1, dtype=torch.int64)
+    keywords = {"position_ids": (torch.arange(12) % 7)[None]}
+    if how == "borders":
+        borders = torch.tensor([0, 7, 12], dtype=torch.int32)
+        keywords = {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders}
+    call = {"block_indices": lists, "block_size": 4, **keywords}
+    with pytest.raises(ValueError, match="block_indices: expected no packed texts"):
+        integration.attention(torch.nn.Module(), query, query, query, None, **call)
+
+
 @pytest.mark.parametrize("kind", [None, "right"])
 def test_minimax_logits_and_gradients(kind):
     model = make_minimax()

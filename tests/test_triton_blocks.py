@@ -1,8 +1,9 @@
-"""Plans from lists of blocks, interpreted on the CPU in fp32: like those of the mask they stand for."""
+"""Lists of blocks, interpreted on the CPU: plans against those of masks, results against fp64."""
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -13,12 +14,14 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from flash_sparse_attn.backends.triton import block_calls
+from flash_sparse_attn.backends import triton
+from flash_sparse_attn.backends.triton import block_calls, block_ops
 from flash_sparse_attn.backends.triton.block_calls import BlockLists
 from flash_sparse_attn.backends.triton.config import TileConfig, Tiles
 from flash_sparse_attn.backends.triton.masks import MaskLayout
 from flash_sparse_attn.backends.triton.plan_blocks import plan_blocks
 from flash_sparse_attn.backends.triton.plan_mask import plan_mask
+from flash_sparse_attn.integrations.block_sparse import block_sparse_attention
 from flash_sparse_attn.plan import Plan
 from flash_sparse_attn.reference import attention_reference
 
@@ -66,13 +69,13 @@ CASES = {
     "fewer queries, not causal": Case(queries=45, keys=96, is_causal=False),
     "more queries": Case(queries=70, keys=45),
     "more queries, not causal": Case(queries=70, keys=45, is_causal=False),
-    "KV heads": Case(batch=2, heads=4, kv_heads=2, list_heads=2),
-    "heads": Case(heads=4, kv_heads=2, list_heads=4, block_size=5),
+    "KV heads": Case(batch=2, queries=40, keys=50, heads=4, kv_heads=2, list_heads=2),
+    "heads": Case(queries=50, heads=4, kv_heads=2, list_heads=4, block_size=5),
     "heads, not causal": Case(heads=4, kv_heads=2, list_heads=4, is_causal=False),
     "group of 3": Case(heads=6, kv_heads=2, list_heads=2, queries=40),
     "group of 3, heads": Case(heads=3, kv_heads=1, list_heads=3, queries=40),
     "shared by heads": Case(batch=2, heads=4, kv_heads=2, list_heads=1, queries=40),
-    "keys hidden": Case(batch=2, seen=(2, 1, 1, 70)),
+    "keys hidden": Case(batch=2, queries=50, seen=(2, 1, 1, 70)),
     "keys hidden for all": Case(batch=2, seen=(1, 1, 1, 70), is_causal=False),
     "everything hidden": Case(batch=2, seen=(2, 1, 1, 1)),
     "no lists": Case(topk=0),
@@ -123,9 +126,7 @@ def test_the_plan_is_that_of_the_mask(name: str) -> None:
             written = used[:, :, :, None, None]
         elif part == "block_bits":
             written = used[:, :, :, None, None, ::32, None]
-        assert torch.equal(
-            torch.where(written, one, 0), torch.where(written, other, 0)
-        ), part
+        assert torch.equal(torch.where(written, one, 0), torch.where(written, other, 0)), part
 
 
 def inputs_of(case: Case) -> list[Tensor]:
@@ -134,13 +135,20 @@ def inputs_of(case: Case) -> list[Tensor]:
     return [query, key, value, torch.randn_like(query) * 1.7]
 
 
-@pytest.mark.parametrize("plan_bytes", [1 << 27, 1])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "plan_bytes"),
+    [
+        *(("blocks", 1 << 27), ("blocks", 1), ("blocks of 1", 1), ("blocks of 64", 1 << 27)),
+        *(("fewer queries, not causal", 1), ("more queries", 1), ("more queries", 1 << 27)),
+        *(("KV heads", 1), ("heads", 1), ("group of 3", 1), ("group of 3, heads", 1)),
+        *(("keys hidden", 1), ("no lists", 1)),
+    ],
+)
 def test_attention(name: str, plan_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """All queries together, and an epoch at a time, against fp64."""
     monkeypatch.setattr(block_calls, "_PLAN_BYTES", plan_bytes)
     monkeypatch.setattr(block_calls, "_SHORT_EPOCH", 32)
-    monkeypatch.setattr(block_calls, "mask_epoch_length", lambda _: 64)
+    monkeypatch.setattr(block_calls, "mask_epoch_length", lambda _: 32)
     case = CASES[name]
     lists, visible, mask = lists_of(case)
     *inputs, grad = inputs_of(case)
@@ -178,14 +186,12 @@ def test_gradients_of_parts_are_added_in_fp32(monkeypatch: pytest.MonkeyPatch) -
         tensors = (grad, *inputs, call, out, norm)
         grads = block_calls.run_block_backward(*tensors, 0.25, 0.0, (True, True, True))
         assert all(g.dtype == torch.float16 for g in grads)
-        errors.append(
-            [largest_error(g, t, "gradient") for g, t in zip(grads, truths, strict=True)]
-        )
+        errors.append([largest_error(g, t, "gradient") for g, t in zip(grads, truths, strict=True)])
     assert all(few <= 1.01 * one + 1e-6 for one, few in zip(*errors, strict=True)), errors
 
 
 def test_gradients_that_nobody_needs_are_left_out() -> None:
-    case = CASES["KV heads"]
+    case = CASES["one block"]
     lists, visible, _ = lists_of(case)
     *inputs, grad = inputs_of(case)
     call = BlockLists(lists, visible, case.block_size, case.is_causal)
@@ -194,6 +200,62 @@ def test_gradients_that_nobody_needs_are_left_out() -> None:
     every = block_calls.run_block_backward(*tensors, 0.25, 0.0, (True, True, True))
     some = block_calls.run_block_backward(*tensors, 0.25, 0.0, (False, False, True))
     assert some[:2] == (None, None) and torch.equal(some[2], every[2])
+
+
+@pytest.fixture
+def _operators(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The operators and what leads to them take tensors on the CPU."""
+    monkeypatch.setattr(triton, "unavailable", lambda: [])
+    monkeypatch.setattr(triton, "unsupported", lambda problem: [])
+    library = torch.library.Library("flash_sparse_attn", "IMPL")
+    library.impl("block_forward", block_ops._forward.__wrapped__, "CPU")
+    library.impl("block_backward", block_ops._backward.__wrapped__, "CPU")
+    yield
+    library._destroy()
+
+
+@pytest.mark.usefixtures("_operators")
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_from_the_function_to_the_kernels(is_compiled: bool) -> None:
+    """With a mask of keys, of the same tensors that attention functions take, as one graph."""
+    case = Case(batch=2, queries=40, keys=40, heads=2, kv_heads=2, list_heads=2, seen=(2, 1, 1, 40))
+    lists, visible, mask = lists_of(case)
+    *inputs, grad = inputs_of(case)
+    inputs[0] = inputs[0].transpose(1, 2).contiguous().transpose(1, 2)
+    leaves = [tensor.requires_grad_() for tensor in inputs]
+
+    def attend(*tensors: Tensor) -> Tensor:
+        options = {"visible": visible, "softmax_scale": 0.3, "softcap": 5.0}
+        return block_sparse_attention(*tensors, lists, case.block_size, **options)
+
+    if is_compiled:
+        out = torch.compile(attend, backend="aot_eager", fullgraph=True)(*leaves)
+    else:
+        out = attend(*leaves)
+    grads = torch.autograd.grad(out, leaves, grad, create_graph=not is_compiled)
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    options = {"is_causal": True, "softmax_scale": 0.3, "softcap": 5.0}
+    truth, _, _ = attention_reference(*exact, mask, **options)
+    truths = torch.autograd.grad(truth, exact, grad.double())
+    for found, expected in zip((out, *grads), (truth, *truths), strict=True):
+        assert largest_error(found, expected.detach()) < TOLERANCE
+    if not is_compiled:
+        with pytest.raises(RuntimeError, match="no second derivatives"):
+            grads[0].sum().backward()
+
+
+@pytest.mark.usefixtures("_operators")
+def test_operators_are_as_their_schemas_and_fakes_say() -> None:
+    case = Case(queries=16, keys=16, heads=1, block_size=8)
+    lists, _, _ = lists_of(case)
+    *inputs, grad = inputs_of(case)
+    checks = ("test_schema", "test_faketensor")
+    call = (*inputs, lists, None, case.block_size, True, 0.25, 0.0)
+    operators = torch.ops.flash_sparse_attn
+    torch.library.opcheck(operators.block_forward, call, test_utils=checks)
+    out, norm = operators.block_forward(*call)
+    call = (grad, *call, out, norm, [True, False, True])
+    torch.library.opcheck(operators.block_backward, call, test_utils=checks)
 
 
 run_interpreted(globals())

@@ -55,16 +55,14 @@ class _Part:
     epoch_len: int
 
     def plan(self, lists: BlockLists, num_heads: int, heads_kv: int, for_backward: bool) -> Plan:
-        indices, visible = lists.indices[:, :, self.queries], lists.visible
-        if visible is not None and visible.shape[3] > 1:
-            visible = visible[..., : self.key_len]
+        indices = lists.indices[:, :, self.queries]
         batch, heads, query_len, _ = indices.shape
         layout = MaskLayout.of(
             (batch, heads, query_len, self.key_len), query_len, self.key_len, num_heads, heads_kv,
             batch, "bits", self.epoch_len,
         )  # fmt: skip
         return plan_blocks(
-            indices, visible, lists.block_size, layout, is_causal=lists.is_causal,
+            indices, lists.visible, lists.block_size, layout, is_causal=lists.is_causal,
             for_backward=for_backward,
         )  # fmt: skip
 
@@ -134,30 +132,27 @@ def run_block_backward(
     """
     batch, query_len, num_heads, _ = query.shape
     size = 2 * batch * num_heads
-    grads: list[Tensor | None] = [
-        torch.zeros_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
-        if need else None
-        for tensor, dtype, need in zip(
-            (query, key, value), (query.dtype, torch.float32, torch.float32), needs, strict=True
-        )
-    ]  # fmt: skip
+    sums: list[Tensor | None] = []
     for part in _parts(query, key, lists):
-        at = part.queries
+        at, keys = part.queries, slice(part.key_len)
         plan = part.plan(lists, num_heads, key.shape[2], True)
         now_norm = norm[size * at.start : size * at.stop].view(2, batch, num_heads, -1)
-        tensors = (grad_out[:, at], query[:, at], key[:, : part.key_len], value[:, : part.key_len])
-        saved = (None, out[:, at].contiguous(), now_norm, None)
+        tensors = (grad_out[:, at], query[:, at], key[:, keys], value[:, keys], None)
+        saved = (out[:, at].contiguous(), now_norm, None)
         is_whole = at.stop - at.start == query_len
         call = (*tensors, *saved, plan, softmax_scale, softcap, [*needs, False])
-        found = run_backward(*call, sum_dtype=None if is_whole else torch.float32)
+        found = run_backward(*call, sum_dtype=None if is_whole else torch.float32)[:3]
         if is_whole:
             return found[0], found[1], found[2]
-        for grad, now, where in zip(
-            grads, found[:3], (at, slice(part.key_len), slice(part.key_len)), strict=True
-        ):
-            if grad is not None:
-                grad[:, where] += now
-    return grads[0], *(
-        None if grad is None else grad.to(tensor.dtype)
-        for grad, tensor in zip(grads[1:], (key, value), strict=True)
-    )  # type: ignore[return-value]
+        if not sums:
+            sums = [
+                None if now is None else torch.zeros(like.shape, dtype=now.dtype, device=now.device)
+                for now, like in zip(found, (query, key, value), strict=True)
+            ]
+        for total, now, where in zip(sums, found, (at, keys, keys), strict=True):
+            if total is not None and now is not None:
+                total[:, where] += now
+    grad_query, grad_key, grad_value = (
+        None if total is None else total.to(query.dtype) for total in sums
+    )
+    return grad_query, grad_key, grad_value

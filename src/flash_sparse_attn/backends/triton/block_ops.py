@@ -81,7 +81,9 @@ def _(query: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.register_fake("flash_sparse_attn::block_backward", lib=_library)
-def _(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
     norm, needs = args[-2:]
     return tuple(
         tensor.new_empty(tensor.shape) if need else norm.new_empty(0)

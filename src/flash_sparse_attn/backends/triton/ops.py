@@ -261,7 +261,9 @@ def refuse_second_derivatives(ctx: Any, *grads: Any) -> None:
 torch.library.register_autograd(
     "flash_sparse_attn::forward", _differentiate, setup_context=_save, lib=_library
 )
-torch.library.register_autograd("flash_sparse_attn::backward", refuse_second_derivatives, lib=_library)
+torch.library.register_autograd(
+    "flash_sparse_attn::backward", refuse_second_derivatives, lib=_library
+)
 
 
 def select(

@@ -142,7 +142,7 @@ def spread_kernel(
         first = i_epoch * epoch_len + key_len - query_len
         num_words = epoch_len // 32
         slot = i_block * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-        key = tl.load(ptr_key + i_list * num_slots + slot)
+        key = tl.load(ptr_key + tl.multiple_of(i_list * num_slots, BLOCK) + slot)
         part = i_block * (BLOCK // 32) + tl.arange(0, BLOCK // 32)
         for member in tl.static_range(MEMBERS):
             for i in range(0, num_words, STEP):
@@ -154,7 +154,8 @@ def spread_kernel(
                 if CAUSAL:
                     bits = _from_key(bits, key[None, :] - (first + word * 32)[:, None])
                 out = (i_list * MEMBERS + member) * num_words + word
-                tl.store(ptr_slot_bits + (out * num_slots)[:, None] + slot[None, :], bits)
+                offs = tl.multiple_of(out * num_slots, BLOCK)[:, None] + slot[None, :]
+                tl.store(ptr_slot_bits + offs, bits)
                 parts = bits.reshape(STEP, BLOCK // 32, 32)
                 ptrs = ptr_block_bits + ((out * (num_slots // 32))[:, None] + part[None, :]) * 2
                 tl.store(ptrs, tl.reduce(parts, 2, _or))
@@ -177,7 +178,8 @@ def plan_blocks(
 
     Args:
         block_indices: int32 or int64, on the GPU; what is no block of the keys names none.
-        visible: Bool ``({1|B}, 1, 1, {1|K})`` or ``None``: which keys are seen at all.
+        visible: Bool ``({1|B}, 1, 1, {1|K})`` or ``None``: which keys are seen at all; more than
+            those of the layout may follow.
         block_size: Keys of a block.
         layout: Of the kind ``"bits"``, for a mask ``[B, {1|Hkv|H}, Q, K]``.
         is_causal: Whether keys after a query's position are hidden as well.
