@@ -30,6 +30,7 @@ def run(tmp_path, monkeypatch):
         written = json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8"))
         assert {"hardware", "versions", "commit"} < set(written)
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+        assert written["dtype"] == "fp32"
         return results
 
     yield call
