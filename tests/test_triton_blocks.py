@@ -10,6 +10,7 @@ import pytest
 import torch
 from compare import largest_error
 from interpreter import run_interpreted
+from oracles import check_attention
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -242,6 +243,20 @@ def test_from_the_function_to_the_kernels(is_compiled: bool) -> None:
     if not is_compiled:
         with pytest.raises(RuntimeError, match="no second derivatives"):
             grads[0].sum().backward()
+
+
+@pytest.mark.usefixtures("_operators")
+@pytest.mark.parametrize("name", ["blocks of 1", "more queries"])
+def test_in_half_precision(name: str) -> None:
+    """Every element as near to fp64 as plain PyTorch in fp16, or twice as far."""
+    case = CASES[name]
+    lists, visible, mask = lists_of(case)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return block_sparse_attention(query, key, value, lists, case.block_size, visible=visible)
+
+    inputs = [tensor.half() for tensor in inputs_of(case)[:3]]
+    check_attention(attend, *inputs, mask, is_causal=True)
 
 
 @pytest.mark.usefixtures("_operators")
