@@ -14,6 +14,7 @@ import torch
 from oracles import check_attention
 from test_transformers_convert import converted
 from test_transformers_doge import doge, fast
+from test_transformers_training import ACCELERATED, run_two
 from tiny_models import make, make_minimax, padding, tokens, transformers, with_attention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]
@@ -162,6 +163,14 @@ def test_minimax_against_eager(dtype):
             distance = float((found - truth).norm() / truth.norm()) / 4
             fair, error = (fair + distance, error) if name == "eager" else (fair, error + distance)
     assert error <= 2 * fair + 1e-2
+
+
+def test_training_sharded_by_accelerate_equals_plain():
+    """FSDP2 over two GPUs, bf16."""
+    pytest.importorskip("accelerate")
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    run_two(ACCELERATED, gpus=True)
 
 
 def run_example(name, folder, *arguments):
