@@ -59,9 +59,20 @@ def device_of(options: argparse.Namespace) -> torch.device:
     return torch.device(options.device) if options.device else info.default_device()
 
 
+def dtype_of(device: torch.device) -> torch.dtype:
+    """What is computed in: fp32 on CPUs, bf16 on GPUs."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def precision(device: torch.device) -> torch.autocast:
-    """fp32 on CPUs; bf16 on GPUs, with fp32 weights."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    """Computes in `dtype_of` the device, with fp32 weights."""
+    dtype = dtype_of(device)
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """As tables say it."""
+    return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
 
 
 def read_text(megabytes: float, vocabulary: int, length: int) -> Text:

@@ -19,7 +19,9 @@ import torch
 from common import (
     Text,
     device_of,
+    dtype_of,
     held_out_loss,
+    name_of,
     parameter_groups,
     parser,
     precision,
@@ -152,7 +154,8 @@ def describe(sizes: Sizes, text: Text, results: dict[str, Any]) -> str:
         [
             paragraph(
                 f"Text: {text.files} source files, {text.train.numel():,} tokens for training.",
-                f"Model: Llama, {results['parameters']:,} parameters, context {sizes.length};",
+                f"Model: Llama, {results['parameters']:,} parameters, context {sizes.length}, in",
+                f"{results['dtype']};",
                 f"{sizes.dense_steps} steps with full attention, then {sizes.steps} more of each",
                 f"kind on the same batches of {sizes.batch} x {sizes.length}. Held-out losses in",
                 f"nats per token; the dense model had {results['dense']:.3f}. All sparse kinds",
@@ -198,6 +201,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     )
     results: dict[str, Any] = {
         "parameters": dense.num_parameters(),
+        "dtype": name_of(dtype_of(device)),
         "training": curve,
         "dense": curve[-1]["loss"],
         "curves": {},

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import device_of, parser, read_text, write_report
+from common import device_of, dtype_of, name_of, parser, read_text, write_report
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DogeConfig, DogeForCausalLM, DynamicCache, set_seed
 
@@ -150,8 +150,9 @@ def describe(sizes: Sizes, results: dict[str, Any]) -> str:
     return "\n".join(
         [
             paragraph(
-                f"Doge, {results['parameters']:,} parameters, {sizes.layers} layers, caches of",
-                f"{sizes.window} keys; texts are read {sizes.piece} tokens at a time.",
+                f"Doge, {results['parameters']:,} parameters, {sizes.layers} layers, in",
+                f"{results['dtype']}, caches of {sizes.window} keys; texts are read",
+                f"{sizes.piece} tokens at a time.",
             ),
             "",
             table(header, rows),
@@ -193,7 +194,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         plain = AutoModelForCausalLM.from_pretrained(choice.model, attn_implementation="eager")
     else:
         plain = make_model(sizes, len(text.tokenizer))
-    plain = plain.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
+    plain = plain.to(device, dtype_of(device)).eval()
     ours = apply_to_doge(copy.deepcopy(plain))
     config = plain.config
     tokens = text.train.flatten() % config.vocab_size
@@ -201,6 +202,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     size = config.num_key_value_heads * config.hidden_size // config.num_attention_heads
     results: dict[str, Any] = {
         "parameters": plain.num_parameters(),
+        "dtype": name_of(plain.dtype),
         "bytes_per_token": 2 * config.num_hidden_layers * size * plain.dtype.itemsize,
     }
     for name, model, contexts in (

@@ -18,7 +18,9 @@ import torch
 from common import (
     Text,
     device_of,
+    dtype_of,
     held_out_loss,
+    name_of,
     parameter_groups,
     parser,
     read_text,
@@ -91,7 +93,7 @@ def train(sizes: Sizes, text: Text, options: argparse.Namespace) -> dict[str, An
         options.out / "trainer",
         max_steps=sizes.steps,
         per_device_train_batch_size=sizes.batch,
-        bf16=device.type == "cuda",
+        bf16=dtype_of(device) == torch.bfloat16,
         use_cpu=device.type == "cpu",
         logging_steps=every,
         save_strategy="no",
@@ -112,6 +114,7 @@ def train(sizes: Sizes, text: Text, options: argparse.Namespace) -> dict[str, An
     text.tokenizer.save_pretrained(options.out / "doge")
     return {
         "parameters": model.num_parameters(),
+        "dtype": name_of(dtype_of(device)),
         "before": before,
         "after": after,
         "log": [row for row in trainer.state.log_history if "loss" in row],
@@ -147,7 +150,8 @@ def describe(sizes: Sizes, text: Text, results: dict[str, Any]) -> str:
                 f"of {len(text.tokenizer)} for training. Model: {results['parameters']:,}",
                 f"parameters, {sizes.layers} layers; every query reads the {sizes.window}",
                 f"best-scored of up to {sizes.length} keys. {sizes.steps} steps of {sizes.batch} x",
-                f"{sizes.length} tokens, {results['tokens_per_second']:,.0f} tokens a second.",
+                f"{sizes.length} tokens in {results['dtype']}, {results['tokens_per_second']:,.0f}",
+                "tokens a second.",
             ),
             "",
             table(header, rows),

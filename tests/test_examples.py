@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -30,11 +32,42 @@ def run(tmp_path, monkeypatch):
         written = json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8"))
         assert {"hardware", "versions", "commit"} < set(written)
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+        assert written["dtype"] == "fp32"
         return results
 
     yield call
     for name in ("common", *(path.stem for path in EXAMPLES.glob("*.py"))):
         sys.modules.pop(name, None)
+
+
+def test_the_text_is_of_installed_sources(monkeypatch):
+    """Every tenth file is held out, and the tokeniser, trained on the others, loses nothing."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    common = importlib.import_module("common")
+    sources = list(common._sources(300_000))
+    text = common.read_text(0.3, 400, 64)
+    assert text.files == len(sources) > 10 and len(text.tokenizer) == 400
+    for tokens, files in (
+        (text.train, [source for i, source in enumerate(sources) if i % 10 != 9]),
+        (text.held_out, sources[9::10]),
+    ):
+        wanted = "".join(source + common.END for source in files)
+        found = text.tokenizer.decode(tokens.flatten(), clean_up_tokenization_spaces=False)
+        # Behind whole sequences the rest is cut off, perhaps within a character.
+        assert len(found) > 100 and wanted.startswith(found[:-4])
+    sys.modules.pop("common")
+
+
+def test_one_command_shows_its_progress(tmp_path):
+    pytest.importorskip("matplotlib")
+    command = [sys.executable, EXAMPLES / "long_generation.py", "--quick", "--device", "cpu"]
+    environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent / "src")}
+    done = subprocess.run(
+        [*command, "--out", tmp_path], env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    assert "tokens read" in done.stderr and "[########################]" in done.stderr
+    assert "plain: a token" in done.stdout and str(tmp_path / "long_generation.png") in done.stdout
 
 
 def test_training_and_generating_with_what_was_trained(run, tmp_path, capsys):

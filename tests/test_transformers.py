@@ -112,6 +112,42 @@ def test_packed_rows_equal_texts_on_their_own(how):
     assert (whole - expected).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_of_packed_rows(name):
+    """With borders, those of the texts on their own, added up."""
+    model, texts = with_attention(make(name), "fsa"), tokens(1, 60).split([22, 1, 37], dim=1)
+    upstream = torch.randn(1, 60, 300)
+    for text, part in zip(texts, upstream.split([22, 1, 37], dim=1), strict=True):
+        (model(text).logits * part).sum().backward()
+    expected = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    borders = torch.tensor([0, 22, 23, 60], dtype=torch.int32)
+    positions = torch.cat([torch.arange(text.shape[1]) for text in texts])[None]
+    packed = {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "position_ids": positions}
+    (model(torch.cat(texts, dim=1), **packed).logits * upstream).sum().backward()
+    for parameter, grad in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, grad, rtol=1e-3, atol=1e-3)
+
+
+def test_borders_of_queries_and_keys_have_to_agree():
+    model = with_attention(make("Llama"), "fsa")
+    borders = torch.tensor([0, 7, 20], dtype=torch.int32)
+    with pytest.raises(ValueError, match="cu_seq_lens_q: expected both borders"):
+        model(tokens(1, 20), cu_seq_lens_q=borders)
+    other = torch.tensor([0, 8, 20], dtype=torch.int32)
+    with pytest.raises(ValueError, match="cu_seq_lens_k: expected the borders of cu_seq_lens_q"):
+        model(tokens(1, 20), cu_seq_lens_q=borders, cu_seq_lens_k=other)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_saved_models_are_loaded_by_name(tmp_path, name):
+    model = with_attention(make(name), "fsa")
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="fsa")
+    assert again.config._attn_implementation == "fsa"
+    assert torch.equal(again(tokens(2, 20)).logits, model(tokens(2, 20)).logits)
+
+
 def test_packed_rows_of_a_batch():
     model = make("Llama")
     position_ids = torch.stack([torch.arange(30), torch.arange(30) % 11])
@@ -222,7 +258,7 @@ def test_half_precision_weights():
     assert model(tokens(2, 40)).logits.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("name", ["Llama", "Mistral"])
+@pytest.mark.parametrize("name", [*MODELS, "Mistral"])
 def test_gradient_checkpointing(name):
     model = with_attention(make(name), "fsa").train()
     inputs = {"input_ids": tokens(2, 40), "labels": tokens(2, 40), "use_cache": False}
@@ -235,8 +271,9 @@ def test_gradient_checkpointing(name):
         assert torch.equal(parameter.grad, grad)
 
 
-def test_compiled():
-    model, mask = with_attention(make("Llama"), "fsa"), padding("left", 2, 24)
+@pytest.mark.parametrize("name", MODELS)
+def test_compiled(name):
+    model, mask = with_attention(make(name), "fsa"), padding("left", 2, 24)
     inputs = {"input_ids": tokens(2, 24), "attention_mask": mask, "use_cache": False}
     expected = model(**inputs).logits
     torch._dynamo.reset()
@@ -244,9 +281,10 @@ def test_compiled():
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, "MiniMax-M3"])
 def test_no_token_sees_the_future(name):
-    model, text = with_attention(make(name), "fsa"), tokens(1, 40)
+    plain = make(name) if name in MODELS else make_minimax()
+    model, text = with_attention(plain, "fsa"), tokens(1, 40)
     before = model(text).logits
     text[0, 25] = 3 + (text[0, 25] - 2) % 297
     after = model(text).logits
@@ -344,6 +382,34 @@ def test_block_lists_are_checked():
         attend(query, key, value, lists.float(), 4)
     with pytest.raises(ValueError, match=r"block_indices: expected .* with B, Q"):
         attend(query, key, value, lists[:, :, :5], 4)
+
+
+def test_what_block_lists_do_not_go_with_is_refused():
+    query, lists = torch.randn(1, 2, 12, 8), torch.zeros(1, 1, 12, 1, dtype=torch.int64)
+
+    def attend(mask=None, **keywords):
+        call = {"block_indices": lists, "block_size": 4, **keywords}
+        return integration.attention(torch.nn.Module(), query, query, query, mask, **call)
+
+    with pytest.raises(ValueError, match="block_indices: expected neither an additive"):
+        attend(torch.zeros(1, 1, 12, 12))
+    with pytest.raises(ValueError, match=r"block_indices: expected neither .* sliding window"):
+        attend(sliding_window=4)
+    with pytest.raises(ValueError, match="block_size: expected the keyword beside block_indices"):
+        attend(block_size=None)
+
+
+@pytest.mark.parametrize("how", ["positions", "borders"])
+def test_block_lists_of_packed_texts_are_refused(how):
+    """Blocks are counted in whole rows, and so the model's own lists cross the borders."""
+    query, lists = torch.randn(1, 2, 12, 8), torch.zeros(1, 1, 12, 1, dtype=torch.int64)
+    keywords = {"position_ids": (torch.arange(12) % 7)[None]}
+    if how == "borders":
+        borders = torch.tensor([0, 7, 12], dtype=torch.int32)
+        keywords = {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders}
+    call = {"block_indices": lists, "block_size": 4, **keywords}
+    with pytest.raises(ValueError, match="block_indices: expected no packed texts"):
+        integration.attention(torch.nn.Module(), query, query, query, None, **call)
 
 
 @pytest.mark.parametrize("kind", [None, "right"])

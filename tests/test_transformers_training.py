@@ -117,16 +117,60 @@ print("done", flush=True)
 """
 
 
-def test_fully_sharded_training_equals_plain(tmp_path):
-    """Two processes: the parameters are split, the batches are the same."""
+ACCELERATED = """
+import copy, sys
+sys.path[:0] = {paths!r}
+import torch, torch.distributed as dist
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from test_transformers_training import MODELS
+from tiny_models import tokens
+plugin = None  # on CPUs accelerate copies the model to all processes; it shards on GPUs alone
+if {gpus}:
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="no_wrap")
+accelerator = Accelerator(
+    cpu=not {gpus}, fsdp_plugin=plugin, mixed_precision="bf16" if {gpus} else "no"
+)
+assert accelerator.num_processes == 2
+for name in MODELS:
+    torch.manual_seed(0)
+    plain = MODELS[name]().to(accelerator.device)
+    text = tokens(2, 40).to(accelerator.device)
+    found = []
+    for model in (copy.deepcopy(plain), plain):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        backward = torch.Tensor.backward
+        if found:
+            model, optimizer = accelerator.prepare(model, optimizer)
+            kind = "DTensor" if {gpus} else "Parameter"
+            assert all(type(parameter).__name__ == kind for parameter in model.parameters())
+            backward = accelerator.backward
+        losses = []
+        for _ in range(4):
+            with accelerator.autocast():
+                loss = model(input_ids=text, labels=text).loss
+            optimizer.zero_grad()
+            backward(loss)
+            optimizer.step()
+            losses.append(loss.item())
+        found.append(losses)
+    error = 0.1 if {gpus} else 1e-4
+    torch.testing.assert_close(found[1], found[0], rtol=error, atol=error)
+dist.destroy_process_group()
+print("done", flush=True)
+"""
+
+
+def run_two(code: str, gpus: bool = False) -> None:
+    """Run a program in two processes that find each other, and see that both come to its end."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     here = Path(__file__).resolve().parent
-    code = SHARDED.format(paths=[str(here.parent / "src"), str(here)])
+    code = code.format(paths=[str(here.parent / "src"), str(here)], gpus=gpus)
     processes = []
     for rank in range(2):
         environment = os.environ | {"RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+        environment |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         command = [sys.executable, "-W", "ignore", "-c", code]
         processes.append(
@@ -138,6 +182,16 @@ def test_fully_sharded_training_equals_plain(tmp_path):
         out, errors = process.communicate(timeout=200)
         assert process.returncode == 0, errors
         assert "done" in out
+
+
+def test_fully_sharded_training_equals_plain():
+    """Two processes: the parameters are split, the batches are the same."""
+    run_two(SHARDED)
+
+
+def test_training_with_accelerate_equals_plain():
+    pytest.importorskip("accelerate")
+    run_two(ACCELERATED)
 
 
 def test_copies_are_independent():

@@ -62,7 +62,7 @@ def flash_sparse_attn_func(
         RuntimeError: The named backend cannot run the call; the message lists the reasons.
     """
     dispatch.check_name(backend)
-    query, key, value = _autocast(query, key, value)
+    query, key, value = cast_under_autocast(query, key, value)
     problem = _problem(
         query, key, value, attn_mask, attn_bias, softmax_scale, is_causal, softcap, deterministic
     )
@@ -111,7 +111,7 @@ def flash_sparse_attn_varlen_func(
         ``out [total_q, H, D]``, or ``(out, lse [H, total_q])``.
     """
     dispatch.check_name(backend)
-    query, key, value = _autocast(query, key, value)
+    query, key, value = cast_under_autocast(query, key, value)
     checks.check_qkv(query, key, value, packed=True)
     checks.check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, query.shape[0], query.device)
     checks.check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, key.shape[0], query.device)
@@ -262,7 +262,7 @@ def _check(
     )
 
 
-def _autocast(*tensors: Any) -> tuple[Any, ...]:
+def cast_under_autocast(*tensors: Any) -> tuple[Any, ...]:
     """Under autocast query, key and value take its dtype; bias and scores keep theirs."""
     if not isinstance(tensors[0], Tensor):
         return tensors  # left to the checks

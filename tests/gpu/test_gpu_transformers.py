@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from oracles import check_attention
 from test_transformers_convert import converted
 from test_transformers_doge import doge, fast
-from tiny_models import make, tokens, transformers, with_attention
+from test_transformers_training import ACCELERATED, run_two
+from tiny_models import make, make_minimax, padding, tokens, transformers, with_attention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]
 DTYPES = [torch.bfloat16, torch.float16]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def hidden(model, text, **options):
@@ -105,3 +113,107 @@ def test_a_forward_pass_waits_for_nothing():
             model(text[:, 101:102], past_key_values=cache)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("kind", [None, "right"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_sparse_layer_of_minimax(dtype, kind, monkeypatch):
+    """What the model hands to the registered function, with its own lists: every element, and all
+    gradients, against fp64."""
+    functions = transformers.AttentionInterface._global_mapping
+    function, calls = functions["fsa"], []
+
+    def record(*args, **keywords):
+        calls.append((args, keywords))
+        return function(*args, **keywords)
+
+    monkeypatch.setitem(functions, "fsa", record)
+    model = with_attention(make_minimax(), "fsa").cuda().to(dtype)
+    mask = padding(kind, 2, 140)
+    mask = None if mask is None else mask.cuda()
+    model(tokens(2, 140).cuda(), attention_mask=mask)
+    ((args, keywords),) = [call for call in calls if call[1]["block_indices"] is not None]
+    module, *rows, given = args
+    lists, size = keywords["block_indices"], module.indexer.block_size
+    assert lists.shape == (2, 2, 140, 3) and bool((lists == -1).any())
+    blocks = torch.arange(140, device="cuda") // size
+    visible = (lists[..., None] == blocks).any(3)
+    if kind is not None:
+        assert given.shape == (2, 140) and not bool(given.all())
+        visible &= given[:, None, None]
+
+    def attend(query, key, value):
+        turned = (x.transpose(1, 2) for x in (query, key, value))
+        return function(module, *turned, given, **keywords)[0]
+
+    rows = [x.transpose(1, 2).to(dtype) for x in rows]
+    check_attention(attend, *rows, visible, is_causal=True, softmax_scale=keywords["scaling"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_minimax_against_eager(dtype):
+    """Half-precision eager lists other blocks at near-ties: its error is the yardstick."""
+    plain = make_minimax().cuda()
+    fair, error = 0.0, 0.0
+    for seed in range(4):
+        text = tokens(2, 140, seed)
+        truth = hidden(copy.deepcopy(plain).double(), text)
+        for name in ("eager", "fsa"):
+            found = hidden(with_attention(plain, name).to(dtype), text)
+            distance = float((found - truth).norm() / truth.norm()) / 4
+            fair, error = (fair + distance, error) if name == "eager" else (fair, error + distance)
+    assert error <= 2 * fair + 1e-2
+
+
+def test_training_sharded_by_accelerate_equals_plain():
+    """FSDP2 over two GPUs, bf16."""
+    pytest.importorskip("accelerate")
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    run_two(ACCELERATED, gpus=True)
+
+
+def run_example(name, folder, *arguments):
+    """Run an example with tiny sizes on the GPU, as its users do; its output and numbers."""
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("accelerate")
+    command = [sys.executable, ROOT / "examples" / f"{name}.py", "--quick", "--out", folder]
+    paths = [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    done = subprocess.run(
+        [*command, *arguments], env=environment, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    # What runs in fp32 on a GPU warns of that.
+    assert "eager backend" not in done.stderr
+    numbers = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    assert numbers["dtype"] == "bf16" and "in bf16" in " ".join(done.stdout.split())
+    assert (folder / f"{name}.png").stat().st_size > 10_000
+    return done.stdout, numbers
+
+
+def test_the_training_example_and_generating_with_its_model(tmp_path):
+    said, numbers = run_example("train_doge", tmp_path)
+    assert "keys that outlive a window" in said  # the table
+    assert numbers["after"] < numbers["before"] - 0.1
+    losses = [row["loss"] for row in numbers["log"]]
+    assert losses[-1] < losses[0]
+    assert numbers["peak_bytes"] > 0
+    said, numbers = run_example("long_generation", tmp_path, "--model", str(tmp_path / "doge"))
+    first, last = numbers["ours"][0], numbers["ours"][-1]
+    assert last["context"] > first["context"] and last["cache_bytes"] == first["cache_bytes"]
+    assert "plain: a token" in said
+
+
+def test_the_generation_example(tmp_path):
+    said, numbers = run_example("long_generation", tmp_path)
+    assert "plain: a token" in said
+    assert all(len(row["text"]) == 4 for row in (*numbers["ours"], *numbers["plain"]))
+
+
+def test_the_continuation_example(tmp_path):
+    said, numbers = run_example("continue_sparse", tmp_path)
+    assert "right after" in said
+    assert numbers["training"][-1]["loss"] < numbers["training"][0]["loss"]
+    assert len(numbers["curves"]) == 1 + 2 * 2
+    assert all(curve[-1]["loss"] < curve[0]["loss"] for curve in numbers["curves"].values())

@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .. import checks
-from ..attention import flash_sparse_attn_func
+from ..attention import cast_under_autocast, flash_sparse_attn_func
+from ..backends import triton
+from ..problem import Problem
 
 # Bytes of the bool mask that is alive at any time, forward and backward.
 _MASK_BYTES = 1 << 26
@@ -30,9 +32,10 @@ def block_sparse_attention(
 ) -> Tensor:
     """Attention in which query ``i`` sees the keys of the blocks it lists, and causality holds.
 
-    The one place that turns lists of blocks into what the attention functions take. They are
-    written out as a bool mask for as many queries at a time as fit a fixed number of bytes; for the
-    backward pass each part is made again.
+    The kernels plan from the lists themselves. Elsewhere (on CPUs, in fp32, for a few queries
+    without gradients, and where `visible` depends on the query) lists are written out as a bool
+    mask for as many queries at a time as fit a fixed number of bytes; for the backward pass each
+    part is made again.
 
     Args:
         query: ``[B, Q, H, D]``.
@@ -41,7 +44,8 @@ def block_sparse_attention(
         block_indices: Integer ``[B, {1|Hkv|H}, Q, topk]``; -1 names no block. Block ``n`` holds the
             keys ``n * block_size`` to ``(n + 1) * block_size - 1``.
         block_size: Keys of a block.
-        visible: Bool ``[B, 1, {1|Q}, K]``, what a query may see besides; ``None``: everything.
+        visible: Bool ``({1|B}, 1, {1|Q}, {1|K})``: what is False is hidden besides; ``None``:
+            nothing is.
         is_causal: Query ``i`` stands at position ``i + K - Q`` and sees nothing after it.
         **options: `softmax_scale`, `softcap` and `deterministic` of `flash_sparse_attn_func`.
 
@@ -51,11 +55,19 @@ def block_sparse_attention(
     Raises:
         TypeError, ValueError: An argument has a wrong type, shape or value.
     """
+    query, key, value = cast_under_autocast(query, key, value)
     checks.check_qkv(query, key, value)
     checks.check_count("block_size", block_size, 1)
     _check_indices(block_indices, query, key, block_size)
     batch, query_len = query.shape[:2]
     key_len = key.shape[1]
+    if visible is not None:
+        checks.check_mask(visible, (batch, 1, query_len, key_len), 1, query.device)
+    if visible is None or visible.shape[2] == 1:
+        problem = _problem(query, key, value, is_causal, **options)
+        if triton.serves_blocks(problem):
+            lists = (block_indices, visible, block_size)
+            return triton.block_attention(problem, query, key, value, *lists)
     rows = max(1, _MASK_BYTES // max(1, batch * block_indices.shape[1] * key_len))
     options = {"block_size": block_size, "is_causal": is_causal, **options}
     attend: Callable[..., Tensor] = partial(_attend, **options)
@@ -68,10 +80,34 @@ def block_sparse_attention(
         end = max(0, key_len - query_len + part.stop) if is_causal else key_len
         seen = visible
         if visible is not None:
-            seen = (visible if visible.shape[2] == 1 else visible[:, :, part])[..., :end]
+            seen = visible if visible.shape[2] == 1 else visible[:, :, part]
+            seen = seen if visible.shape[3] == 1 else seen[..., :end]
         inputs = (query[:, part], key[:, :end], value[:, :end], block_indices[:, :, part], seen)
         outs.append(checkpoint(attend, *inputs, use_reentrant=False, preserve_rng_state=False))
     return torch.cat(outs, dim=1)
+
+
+def _problem(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    is_causal: bool,
+    softmax_scale: float | None = None,
+    softcap: float | None = None,
+    deterministic: bool | None = None,
+) -> Problem:
+    checks.check_options(softmax_scale, deterministic)
+    return Problem.of(
+        query,
+        key,
+        value,
+        None,
+        None,
+        is_causal=is_causal,
+        softmax_scale=softmax_scale,
+        softcap=checks.check_softcap(softcap),
+        deterministic=deterministic,
+    )
 
 
 def _attend(

@@ -211,7 +211,13 @@ def attention(
     if attention_mask is None and causal and query.shape[1] == key.shape[1]:
         attention_mask = packed_texts(keywords)
     newest = _sliding_window(module, key.shape[1], keywords) if causal else None
+    blocks = keywords.get("block_indices")
     if attention_mask is not None and attention_mask.dim() == 1:
+        if blocks is not None:
+            raise ValueError(
+                "block_indices: expected no packed texts with them, got several in a row: blocks "
+                "are counted in whole rows; give each text a row, padded on the right"
+            )
         return _attend_packed(query, key, value, attention_mask, newest, options), None
 
     key_mask = bias = None
@@ -228,7 +234,7 @@ def attention(
         else:
             bias = attention_mask
 
-    if (blocks := keywords.get("block_indices")) is not None:
+    if blocks is not None:
         if bias is not None or newest is not None:
             raise ValueError(
                 "block_indices: expected neither an additive attention_mask nor a sliding window "

@@ -13,7 +13,7 @@ from ...intervals import KeySelection
 from ...plan import Plan
 from ...problem import Problem
 from ...varlen import PackedSequences
-from . import decode_ops, mask_ops, ops
+from . import block_ops, decode_ops, mask_ops, ops
 
 MIN_CAPABILITY = (8, 0)
 # The oldest version the kernels were run with.
@@ -115,3 +115,31 @@ def attention(
         return ops.attention(problem, query, key, value, mask, bias)
     plan = mask_ops.plan_of(problem, mask)
     return ops.attend(problem, query, key, value, bias, plan)
+
+
+def serves_blocks(problem: Problem) -> bool:
+    """Whether `block_attention` is for this call: not for few queries, which are decoded."""
+    if problem.is_empty or decode_ops.serves(problem):
+        return False
+    return not (unavailable() or unsupported(problem))
+
+
+def block_attention(
+    problem: Problem,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_indices: Tensor,
+    visible: Tensor | None,
+    block_size: int,
+) -> Tensor:
+    """``out [B, Q, H, D]`` where queries list the blocks of keys that they see.
+
+    Args:
+        problem: Facts of the call.
+        query, key, value: As in `attention`.
+        block_indices: int32 or int64 ``[B, {1|Hkv|H}, Q, n]``; what is no block names none.
+        visible: Bool ``({1|B}, 1, 1, {1|K})`` or ``None``: which keys are seen at all.
+        block_size: Keys of a block.
+    """
+    return block_ops.attention(problem, query, key, value, block_indices, visible, block_size)

@@ -38,6 +38,7 @@ def backward(
     needs: Needs,
     *,
     tiles: Tiles | None = None,
+    sum_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """The gradients that `needs` asks for; bitwise repeatable.
 
@@ -50,6 +51,7 @@ def backward(
         call: As in `forward`.
         needs: Which gradients.
         tiles: Tile sizes; default from the table.
+        sum_dtype: Of the gradients of key and value; default that of key.
 
     Returns:
         Gradients of query, key and value, contiguous, and of the bias in its shape and dtype;
@@ -71,7 +73,7 @@ def backward(
         grad_bias = run_grad_pair(plan, saved, call, tiles.grad_query, grad_query, bias)
     else:
         slot_bias = run_grad_query(plan, saved, call, tiles.grad_query, grad_query)
-    grad_key, grad_value = _fresh(needs.key, key), _fresh(needs.value, value)
+    grad_key, grad_value = _fresh(needs.key, key, sum_dtype), _fresh(needs.value, value, sum_dtype)
     per_key = None
     if bias is not None and bias.is_per_key:
         batch, key_len, heads_kv, _ = key.shape
@@ -87,8 +89,10 @@ def backward(
     return grad_query, grad_key, grad_value, grad_bias
 
 
-def _fresh(wanted: bool, like: Tensor) -> Tensor | None:
-    return torch.empty_like(like, memory_format=torch.contiguous_format) if wanted else None
+def _fresh(wanted: bool, like: Tensor, dtype: torch.dtype | None = None) -> Tensor | None:
+    if not wanted:
+        return None
+    return torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def _sum_to(grad: Tensor, shape: torch.Size, heads_kv: int) -> Tensor:

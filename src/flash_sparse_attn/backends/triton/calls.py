@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ...plan import Plan
@@ -54,13 +55,18 @@ def run_backward(
     softmax_scale: float,
     softcap: float,
     needs: Sequence[bool],
+    *,
+    sum_dtype: torch.dtype | None = None,
 ) -> Sequence[Tensor | None]:
     """Gradients of query, key, value and bias; ``None`` for those that `needs` leaves out."""
 
     def run() -> tuple[Tensor | None, ...]:
         call = _call(query, key, bias, softmax_scale, softcap)
-        return backward(plan, query, key, value, out, norm, out_rest, grad_out, call, Needs(*needs))
+        return backward(
+            plan, query, key, value, out, norm, out_rest, grad_out, call, Needs(*needs),
+            sum_dtype=sum_dtype,
+        )  # fmt: skip
 
-    facts = ("backward", softmax_scale, softcap, *needs, *plan.facts)
+    facts = ("backward", softmax_scale, softcap, *needs, sum_dtype, *plan.facts)
     tensors = (query, key, value, bias, out, norm, out_rest, grad_out)
     return repeat_call(facts, tensors, run, plan.addresses)

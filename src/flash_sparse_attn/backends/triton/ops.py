@@ -250,7 +250,8 @@ def _differentiate(ctx: Any, grad_out: Tensor, *_: Any) -> tuple[Any, ...]:
     return (*asked, [None] * len(plan), None, None, None, None)
 
 
-def _refuse(ctx: Any, *grads: Any) -> None:
+def refuse_second_derivatives(ctx: Any, *grads: Any) -> None:
+    """The derivative of a backward operator."""
     raise RuntimeError(
         "flash_sparse_attn has no second derivatives: its backward pass is not differentiable; "
         "call backward() or autograd.grad() without create_graph=True"
@@ -260,7 +261,9 @@ def _refuse(ctx: Any, *grads: Any) -> None:
 torch.library.register_autograd(
     "flash_sparse_attn::forward", _differentiate, setup_context=_save, lib=_library
 )
-torch.library.register_autograd("flash_sparse_attn::backward", _refuse, lib=_library)
+torch.library.register_autograd(
+    "flash_sparse_attn::backward", refuse_second_derivatives, lib=_library
+)
 
 
 def select(
