@@ -226,7 +226,7 @@ def test_hopper(head_dim: int, name: str) -> None:
     ("head_dim", "name", "programs"),
     [
         (64, "forward", 4),
-        (64, "grad_query", 3),
+        (64, "grad_query", 4),
         (64, "grad_key", 2),
         (128, "forward", 2),
         (128, "grad_query", 2),
@@ -337,12 +337,12 @@ def test_masks_are_packed_16_bytes_at_a_time() -> None:
     constants = {
         "ROW_HEADS": 1, "MEMBERS": 1, "CAUSAL": True, "UNIT": True, "QUADS": True,
         "WORDS": mask_bits._WORDS, "BLOCK": mask_bits._PACKED, "ROWS": mask_bits._ROWS,
-        "POLICY": mask_bits._POLICY, "num_warps": mask_bits._PACK_WARPS,
+        "num_warps": mask_bits._PACK_WARPS,
     }  # fmt: skip
     code = hopper_code(mask_bits.pack_kernel, constants, {"ptr_mask": "*u8"})
     assert widths(code, "LDG") == {".EF"} and set(re.findall(r"LDG\.E\.EF(\S*)", code)) == {".128"}
     # The words of a key together; bits and counts of 32 keys one by one.
-    assert widths(code, "STG") == {".128", ""}
+    assert widths(code, "STG") == {".64", ""}
     assert loads_under_way(code) >= mask_bits._ROWS
     constants = {
         "MEMBERS": 1, "WORDS": 4, "STEP": 4, "PACKED": 512, "BLOCK": 128, "num_warps": 4,

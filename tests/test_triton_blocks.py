@@ -35,7 +35,7 @@ TILES = Tiles(*(TileConfig(*size, 1, 1) for size in ((16, 16), (16, 16), (16, 32
 @pytest.fixture(autouse=True)
 def _small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lists, words and keys are read in several blocks, and tiles are small."""
-    for name, size in {"_LISTED": 2, "_CLEARED": 16, "_SEEN": 32, "_SCANNED": 64}.items():
+    for name, size in {"_LISTED": 2, "_CLEARED": 16, "_SEEN": 32}.items():
         monkeypatch.setattr(PLANNING, name, size)
     for name in ("forward", "backward"):
         module = importlib.import_module(f"flash_sparse_attn.backends.triton.{name}")

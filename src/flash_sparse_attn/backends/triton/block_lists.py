@@ -64,7 +64,8 @@ def _flags(
 
 @triton.jit
 def _write_lists(
-    i_program, ptr_bits, ptr_key, ptr_counts, ptr_lists, query_len, epoch_len, num_epochs, num_slots,
+    i_program, ptr_bits, ptr_key, ptr_counts, ptr_lists, query_len, epoch_len, num_epochs,
+    num_slots,
     GROUP: tl.constexpr,
     MEMBERS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -167,8 +168,8 @@ def list_kernel(
         if ptr_lists_2 is not None:
             _write_lists(
                 i_program - programs_0 - programs_1, ptr_bits, ptr_key, ptr_counts, ptr_lists_2,
-                query_len, epoch_len, num_epochs, num_slots, GROUP, MEMBERS, BLOCK_M_2, BLOCK_N_2, WORDS_2,
-                OF_TILES_2, OWNERS, SIZE,
+                query_len, epoch_len, num_epochs, num_slots, GROUP, MEMBERS, BLOCK_M_2, BLOCK_N_2,
+                WORDS_2, OF_TILES_2, OWNERS, SIZE,
             )  # fmt: skip
 
 

@@ -141,14 +141,15 @@ _TMA, _POINTERS = True, False
 # keys, of few tiles. The times are in milliseconds, with all copies and sums, bf16, one H200,
 # Triton 3.6, random scores.
 _TABLE = {
-    # (B, H, Hkv, N, W) = (1, 2, 1, 32768, 1024): forward 0.072 and all of backward 0.216. Other
+    # (B, H, Hkv, N, W) = (1, 2, 1, 32768, 1024): forward 0.072 and all of backward 0.210. Other
     # forwards: pointers 0.073, 3 stages 0.079, 8 warps 0.110, 128 rows 0.096, no bound on registers
-    # 0.082: with it four programs share a multiprocessor, not three. Backward, dQ without a bound
-    # 0.227, with 2 stages 0.222; dK/dV with 64 rows 0.228, a bound of 168 registers 0.239, 8 warps
-    # 0.27 to 0.34.
+    # 0.082: with it four programs share a multiprocessor, not three. Backward, dQ with 168
+    # registers and 3 stages 0.209, but with masks of 32768 keys 4 % slower, without a mask 6 %;
+    # without a bound 8 % slower; dK/dV with 64 rows 6 % slower, a bound of 168 registers 11 %, 8
+    # warps more than 25 %.
     ("sm_90", 64): _tiles(
         (64, 64, 4, 2, _TMA, 128),
-        (64, 64, 4, 3, _TMA, 168),
+        (64, 64, 4, 2, _TMA, 128),
         (128, 64, 4, 2, _TMA),
         # Bool masks at 32768 of the best 1024 keys, of a sliding window of 1024, of a prefix, and
         # windows at 8192: 0.113, 0.065, 0.688, 0.023; 2 stages 0.125, 0.062, 0.668, 0.022; 64 slots
@@ -207,20 +208,21 @@ _TABLE = {
 
 # The same where tiles read a mask, or a bias that depends on the query, themselves: more registers
 # for a row; with the tiles above dK/dV has 762 accesses to spilled registers in its loop. With the
-# mask of the best 1024 of 32768 keys and a bias of pairs: forward 0.358, 32 rows 0.370 and with 64
-# slots 0.353, 64 rows 0.374, 2 stages 0.366; all of backward 1.356, without a bound on registers
-# for dK/dV 1.404, with 64 rows for it 1.505; 32 slots and 168 registers for dQ are 8 % faster there
+# mask of the best 1024 of 32768 keys and a bias of pairs: forward 0.343, 2 or 4 stages 0.347, 112
+# registers 0.346, 144 0.389, 64 slots 0.364, 32 rows and 64 slots 0.348; all of backward 1.333,
+# with 128 registers for dQ 1.421, 8 warps 1.459, without a bound on registers for dK/dV 4 % slower,
+# with 64 rows for it 11 %; 32 slots and 168 registers for dQ are 8 % faster there
 # and 5 to 18 % slower at 1024 to 4096 keys. Few tiles, mask and bias of pairs, 256, 1024, 2048
-# keys: 0.008, 0.019, 0.036; 16 rows and 64 keys 0.008, 0.020, 0.040; 32 rows and 128 keys 0.011,
-# 0.027, 0.048; 64 rows 0.012, 0.031, 0.056.
+# keys: 0.0078, 0.0158, 0.0321; without descriptors 0.0094, 0.0202, 0.0363, 2 stages 0.0079, 0.0192,
+# 0.0341, 64 keys 0.0090, 0.0192, 0.0407; 32 rows half as much again, 64 rows more.
 _PAIRS = {
     ("sm_90", 64): _tiles(
         (64, 64, 4, 3, _POINTERS),
         (64, 64, 4, 3, _TMA),
         (32, 64, 4, 2, _TMA, 168),
-        (16, 128, 4, 3, _POINTERS),
+        (64, 32, 4, 3, _POINTERS, 128),
         (64, 64, 4, 3, _POINTERS),
-        (16, 128, 4, 3, _POINTERS),
+        (16, 128, 4, 3, _TMA),
     ),
     # Compiled only, none spills in a loop.
     ("sm_90", 128): _tiles(

@@ -243,10 +243,10 @@ def _walk(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def forward_kernel(
-    ptr_q, slots_k, slots_v, runs_k, runs_v, ptr_out, ptr_out_rest, has_rest, ptr_lse, ptr_peak, ptr_share, ptr_key,
-    ptr_start, ptr_expiry, ptr_visible, ptr_entered, ptr_epochs, ptr_bits, ptr_lists, ptr_mask,
-    ptr_slot_bias, ptr_bias, scale, softcap, query_len, key_len, epoch_len, num_epochs, num_lists,
-    num_tiles, old_slots, num_slots, row_0, plan_b, plan_h,
+    ptr_q, slots_k, slots_v, runs_k, runs_v, ptr_out, ptr_out_rest, has_rest, ptr_lse, ptr_peak,
+    ptr_share, ptr_key, ptr_start, ptr_expiry, ptr_visible, ptr_entered, ptr_epochs, ptr_bits,
+    ptr_lists, ptr_mask, ptr_slot_bias, ptr_bias, scale, softcap, query_len, key_len, epoch_len,
+    num_epochs, num_lists, num_tiles, old_slots, num_slots, row_0, plan_b, plan_h,
     sqb: tl.int64,
     sqn: tl.int64,
     sqh: tl.int64,
@@ -481,8 +481,8 @@ def forward(
     for now in slot_chunks(plan, range(batch * heads_kv), query, key):
         slots = slots_of(plan, key, value, call.bias, now)
         launch(forward_kernel, len(now) * plan.num_epochs * num_tiles)(
-            query, *slots.sources(config.block_n, uses_tma), *runs, out, *rest_arguments(out, out_rest),
-            lse, peak, share, plan.slot_key, plan.slot_start, plan.slot_expiry, plan.visible,
+            query, *slots.sources(config.block_n, uses_tma), *runs, out,
+            *rest_arguments(out, out_rest), lse, peak, share, plan.slot_key, plan.slot_start, plan.slot_expiry, plan.visible,
             plan.entered, plan.epochs, plan.slot_bits, lists, plan.mask, slots.bias,
             call.bias_tensor, *call.factors, query_len, plan.key_len, plan.epoch_len,
             plan.num_epochs, plan.num_lists, num_tiles, plan.old_slots, plan.num_slots, now.start,

@@ -19,14 +19,13 @@ from ...plan import Plan
 from .config import SLOT_ALIGN
 from .inputs import broadcast_strides
 from .launch import launch, repeat_call
+from .mask_bits import fill_slots
 from .masks import MaskLayout
-from .plan_mask import slot_kernel
 from .tiles import NUMBERS, row_and_rest
 
 _LISTED = 64  # entries of the lists of 32 queries that one program reads together
 _CLEARED = 1024  # words that it clears together
-_SEEN = 1024  # keys that one program looks at, and 4096 that one gives slots
-_SCANNED = 4096
+_SEEN = 1024  # keys that one program looks at
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -79,7 +78,7 @@ def _from_key(words, before):
 
 @triton.jit(do_not_specialize=NUMBERS)
 def seen_kernel(
-    ptr_words, ptr_visible, ptr_seen, query_len, key_len, epoch_len, num_epochs, num_parts,
+    ptr_words, ptr_visible, ptr_shown, query_len, key_len, epoch_len, num_epochs, num_parts,
     num_blocks, block_size,
     smb: tl.int64,
     smn: tl.int64,
@@ -89,7 +88,7 @@ def seen_kernel(
     HAS_VISIBLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program per (row, epoch, part of the keys): whether any query of the epoch sees each."""
+    """One program per (row, epoch, part of the keys): bits of those that any query sees."""
     i_row, rest = row_and_rest(num_epochs * num_parts)
     i_epoch, i_part = rest // num_parts, rest % num_parts
     first = i_epoch * epoch_len + key_len - query_len  # position of the first query
@@ -111,8 +110,9 @@ def seen_kernel(
             if CAUSAL:
                 bits = _from_key(bits, key - first - i * 32)
             words |= bits
-    out = (i_row * num_epochs + i_epoch) * key_len + key
-    tl.store(ptr_seen + out, (words != 0).to(tl.int8), mask=key < key_len)
+    bits = (words != 0).to(tl.int32).reshape(BLOCK // 32, 32) << tl.arange(0, 32)[None, :]
+    out = ((i_row * num_epochs + i_epoch) * num_parts + i_part) * (BLOCK // 32)
+    tl.store(ptr_shown + out + tl.arange(0, BLOCK // 32), tl.sum(bits, 1))
 
 
 @triton.jit
@@ -216,7 +216,9 @@ def _fill(
     words = torch.empty(
         rows, members, num_epochs * num_words, num_blocks, dtype=torch.int32, device=device
     )
-    seen = torch.empty(rows, num_epochs, key_len, dtype=torch.int8, device=device)
+    looked_at = min(_SEEN, max(32, triton.next_power_of_2(key_len)))
+    num_parts = triton.cdiv(key_len, looked_at)
+    shown = words.new_empty(rows * num_epochs, num_parts * looked_at // 32)
     launch(mark_kernel, rows * members * num_epochs * num_words)(
         block_indices, words, query_len, key_len, epoch_len, num_epochs, num_entries, num_blocks,
         block_size, *broadcast_strides(block_indices, layout.row_heads, members),
@@ -225,20 +227,13 @@ def _fill(
         BLOCK=min(_LISTED, triton.next_power_of_2(max(1, num_entries))), num_warps=4,
     )  # fmt: skip
     strides = (0,) * 5 if visible is None else broadcast_strides(visible, 1, 1)
-    looked_at = min(_SEEN, max(32, triton.next_power_of_2(key_len)))
-    num_parts = triton.cdiv(key_len, looked_at)
     launch(seen_kernel, rows * num_epochs * num_parts)(
-        words, None if visible is None else visible.view(torch.uint8), seen, query_len, key_len,
+        words, None if visible is None else visible.view(torch.uint8), shown, query_len, key_len,
         epoch_len, num_epochs, num_parts, num_blocks, block_size, strides[0], strides[4],
         ROW_HEADS=layout.row_heads, MEMBERS=members, CAUSAL=is_causal,
         HAS_VISIBLE=visible is not None, BLOCK=looked_at, num_warps=4,
     )  # fmt: skip
-    scanned = min(_SCANNED, max(128, triton.next_power_of_2(key_len)))
-    launch(slot_kernel, rows * num_epochs)(
-        seen, plan.slot_key, plan.counts, plan.use_slot, key_len, num_epochs, layout.num_slots,
-        PARTS=1, ALIGNED=key_len % 16 == 0, USES=plan.use_slot is not None, BLOCK=scanned,
-        num_warps=max(4, scanned // 256),
-    )  # fmt: skip
+    fill_slots(plan, layout, shown, 1)
     launch(spread_kernel, rows * num_epochs * (layout.num_slots // SLOT_ALIGN))(
         words, plan.slot_key, plan.counts, plan.slot_bits, plan.block_bits, query_len, key_len,
         epoch_len, num_epochs, layout.num_slots, num_blocks, block_size, MEMBERS=members,
