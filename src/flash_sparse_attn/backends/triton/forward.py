@@ -482,9 +482,9 @@ def forward(
         slots = slots_of(plan, key, value, call.bias, now)
         launch(forward_kernel, len(now) * plan.num_epochs * num_tiles)(
             query, *slots.sources(config.block_n, uses_tma), *runs, out,
-            *rest_arguments(out, out_rest), lse, peak, share, plan.slot_key, plan.slot_start, plan.slot_expiry, plan.visible,
-            plan.entered, plan.epochs, plan.slot_bits, lists, plan.mask, slots.bias,
-            call.bias_tensor, *call.factors, query_len, plan.key_len, plan.epoch_len,
+            *rest_arguments(out, out_rest), lse, peak, share, plan.slot_key, plan.slot_start,
+            plan.slot_expiry, plan.visible, plan.entered, plan.epochs, plan.slot_bits, lists,
+            plan.mask, slots.bias, call.bias_tensor, *call.factors, query_len, plan.key_len, plan.epoch_len,
             plan.num_epochs, plan.num_lists, num_tiles, plan.old_slots, plan.num_slots, now.start,
             *plan.row_strides(heads_kv), *query.stride()[:3], *key.stride()[:3],
             *value.stride()[:3], *call.bias_strides, *mask_strides(plan, heads_kv, group),
@@ -494,7 +494,7 @@ def forward(
             SHARED=shares_bias(plan, call, config.block_m, group),
             WORDS=words_of_tile(config.block_m, group), **call.flags, HAS_NORM=with_norm,
             PACKED=plan.epochs is not None, ALIGNED=is_aligned(query),
-            ALIGNED_KV=is_aligned(key, value), TMA=uses_tma,
-            RUNS=runs[0] is not None, **config.options,
+            ALIGNED_KV=is_aligned(key, value), TMA=uses_tma, RUNS=runs[0] is not None,
+            **config.options,
         )  # fmt: skip
     return out, lse, norm, out_rest

@@ -256,8 +256,8 @@ def _walk(
 @triton.jit(do_not_specialize=NUMBERS)
 def grad_query_kernel(
     ptr_q, slots_k, slots_v, runs_k, runs_v, ptr_out, ptr_out_rest, has_rest, ptr_grad, ptr_peak,
-    ptr_share, ptr_delta, ptr_grad_q, ptr_pairs, ptr_key, ptr_start, ptr_expiry, ptr_visible, ptr_entered,
-    ptr_epochs, ptr_bits, ptr_lists, ptr_mask, ptr_slot_bias, ptr_bias, scale, softcap,
+    ptr_share, ptr_delta, ptr_grad_q, ptr_pairs, ptr_key, ptr_start, ptr_expiry, ptr_visible,
+    ptr_entered, ptr_epochs, ptr_bits, ptr_lists, ptr_mask, ptr_slot_bias, ptr_bias, scale, softcap,
     softmax_scale, query_len, key_len, epoch_len, num_epochs, num_lists, num_tiles, tile_0, num_now,
     old_slots, num_slots, row_0, plan_b, plan_h,
     sqb: tl.int64,
@@ -481,9 +481,9 @@ def run_grad_query(
         sources = slots.sources(config.block_n, uses_tma) if walks else (None, None)
         launch(grad_query_kernel, len(now) * len(tiles))(
             query, *sources, *runs, saved.out, *rest_arguments(saved.out, saved.out_rest),
-            saved.grad_out, *saved.norm, saved.delta, grad_query, pairs, plan.slot_key, plan.slot_start,
-            plan.slot_expiry, plan.visible, plan.entered, plan.epochs, plan.slot_bits, lists,
-            plan.mask, slots.bias, call.bias_tensor, *call.factors, call.softmax_scale,
+            saved.grad_out, *saved.norm, saved.delta, grad_query, pairs, plan.slot_key,
+            plan.slot_start, plan.slot_expiry, plan.visible, plan.entered, plan.epochs,
+            plan.slot_bits, lists, plan.mask, slots.bias, call.bias_tensor, *call.factors, call.softmax_scale,
             query.shape[1], plan.key_len, plan.epoch_len, plan.num_epochs, plan.num_lists,
             num_tiles, tiles.start, len(tiles), plan.old_slots, plan.num_slots, now.start,
             *plan.row_strides(heads_kv), *query.stride()[:3], *key.stride()[:3],
