@@ -149,6 +149,7 @@ def test_attention(name: str, plan_bytes: int, monkeypatch: pytest.MonkeyPatch) 
     """All queries together, and an epoch at a time, against fp64."""
     monkeypatch.setattr(block_calls, "_PLAN_BYTES", plan_bytes)
     monkeypatch.setattr(block_calls, "_SHORT_EPOCH", 32)
+    monkeypatch.setattr(block_calls, "_QUERY_SHARE", 1 << 30)
     monkeypatch.setattr(block_calls, "mask_epoch_length", lambda _: 32)
     case = CASES[name]
     lists, visible, mask = lists_of(case)
@@ -169,9 +170,42 @@ def test_attention(name: str, plan_bytes: int, monkeypatch: pytest.MonkeyPatch) 
         assert largest_error(found, expected.detach(), name) < TOLERANCE, name
 
 
+@pytest.mark.parametrize(
+    ("batch", "heads", "queries", "keys", "epoch", "parts"),
+    [
+        (1, 2, 65536, 65536, 1024, 8),
+        (1, 2, 1 << 20, 1 << 20, 1024, 1024),  # a 16th of the bytes of the queries
+        (1, 4, 300, 300, 128, 1),
+        (1, 4, 4096, 65536, 512, 1),
+        (8, 64, 2048, 131072, 128, 16),  # one epoch of so many rows is more
+        (1, 1, 65536, 32768, 1024, 1),  # the first half of the queries sees nothing
+    ],
+)
+def test_parts_have_few_bits(
+    batch: int, heads: int, queries: int, keys: int, epoch: int, parts: int
+) -> None:
+    query = torch.empty(batch, queries, 16 * heads, 64, device="meta", dtype=torch.bfloat16)
+    key = torch.empty(batch, keys, heads, 64, device="meta")
+    indices = torch.empty(batch, heads, queries, 16, dtype=torch.int64, device="meta")
+    found = list(block_calls._parts(query, key, BlockLists(indices, None, 64, True)))
+    assert len(found) == parts and all(part.epoch_len == epoch for part in found)
+    assert found[-1].queries.stop == queries and found[-1].key_len == keys
+    assert found[0].queries.start == (0 if queries <= keys else found[0].queries.start)
+    borders = [part.queries.stop for part in found]
+    assert [part.queries.start for part in found][1:] == borders[:-1]
+    for part in found:
+        length = part.queries.stop - part.queries.start
+        assert length % epoch == 0 or part is found[-1]
+        assert part.key_len == min(keys, keys - queries + part.queries.stop)
+        size = batch * heads * length * part.key_len // 8
+        most = max(block_calls._PLAN_BYTES, query.nbytes // 16)
+        assert size <= max(most, batch * heads * 128 * keys // 8)
+
+
 def test_gradients_of_parts_are_added_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounded once: as near to fp64 as those of all queries together, in fp16."""
     monkeypatch.setattr(block_calls, "_SHORT_EPOCH", 32)
+    monkeypatch.setattr(block_calls, "_QUERY_SHARE", 1 << 30)
     monkeypatch.setattr(block_calls, "mask_epoch_length", lambda _: 32)
     case = Case(queries=160, keys=20, block_size=10, topk=2, heads=1, is_causal=False)
     lists, _, mask = lists_of(case)

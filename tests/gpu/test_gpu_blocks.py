@@ -91,6 +91,7 @@ def test_parts_against_fp64(name: str, dtype: torch.dtype, monkeypatch) -> None:
     """An epoch of 128 queries at a time: gradients of keys are sums of several."""
     calls = pytest.importorskip("flash_sparse_attn.backends.triton.block_calls")
     monkeypatch.setattr(calls, "_PLAN_BYTES", 1)
+    monkeypatch.setattr(calls, "_QUERY_SHARE", 1 << 30)
     case = CASES[name]
     lists, visible, mask = lists_of(case)
 

@@ -180,6 +180,7 @@ def run_example(name, folder, *arguments):
     command = [sys.executable, ROOT / "examples" / f"{name}.py", "--quick", "--out", folder]
     paths = [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    environment["CUDA_VISIBLE_DEVICES"] = "0"  # the Trainer would take all
     done = subprocess.run(
         [*command, *arguments], env=environment, capture_output=True, text=True, timeout=280
     )

@@ -1,8 +1,8 @@
 """Attention over listed blocks of keys, forward and backward, some queries after the others.
 
-The bits of a plan are as many as queries times keys. So that they take a fixed number of bytes, the
-queries are cut into parts, each with a plan of its own, which is made again for the backward pass:
-to read the lists twice is little work beside attention, and nothing of a plan is kept.
+The bits of a plan are as many as queries times keys. So that they stay small, the queries are cut
+into parts, each with a plan of its own, which is made again for the backward pass: to read the
+lists twice is little work beside attention, and nothing of a plan is kept.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from .config import mask_epoch_length
 from .masks import MaskLayout
 from .plan_blocks import plan_blocks
 
-_PLAN_BYTES = 1 << 27  # of the bits of the queries of a part
+_PLAN_BYTES = 1 << 27  # of the bits of a part at least, and more beside large queries:
+_QUERY_SHARE = 16  # as a 16th of their bytes, so that parts of long texts fill a GPU
 _SHORT_EPOCH = 128  # where longer ones, for all rows, would take more
 
 
@@ -71,10 +72,11 @@ def _parts(query: Tensor, key: Tensor, lists: BlockLists) -> Iterator[_Part]:
     """Parts of all queries but those that come before all keys."""
     query_len, key_len = query.shape[1], key.shape[1]
     bits = lists.indices.shape[0] * lists.indices.shape[1] * key_len  # of a query
+    most = 8 * max(_PLAN_BYTES, query.numel() * query.element_size() // _QUERY_SHARE)
     epoch_len = mask_epoch_length(query_len)
-    while epoch_len > _SHORT_EPOCH and epoch_len * bits > 8 * _PLAN_BYTES:
+    while epoch_len > _SHORT_EPOCH and epoch_len * bits > most:
         epoch_len //= 2
-    step = max(1, 8 * _PLAN_BYTES // (bits * epoch_len)) * epoch_len
+    step = max(1, most // (bits * epoch_len)) * epoch_len
     for begin in range(0, query_len, step):
         end = min(begin + step, query_len)
         keys = min(key_len, key_len - query_len + end) if lists.is_causal else key_len
