@@ -202,6 +202,21 @@ def test_the_configurations_can_be_listed(capsys):
     assert "no configuration is called nothing" in capsys.readouterr().out
 
 
+def test_one_problem_under_several_names_is_measured_once(monkeypatch, tmp_path):
+    measured, out = [], tmp_path / "rows.jsonl"
+    monkeypatch.setattr(performance, "verify_isolated", lambda case, name: {"out": 0.0})
+    monkeypatch.setattr(
+        performance, "take", lambda case, *_, **__: measured.append(case.name) or measured_of(case)
+    )
+    names = ["forward-train-4096-d64", "forward-batch-1-d64", "forward-batch-2-d64"]
+    arguments = ["--device", "cpu", "--test-type", "ours", "--config", *names, "--out", str(out)]
+    assert performance.main("", grids.forward_performance, arguments) == 0
+    assert measured == [names[0], names[2]]
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["case"] for row in rows] == names
+    assert [row["shape"]["batch"] for row in rows] == [1, 1, 2]
+
+
 def test_a_missing_backend_is_named(capsys):
     if not dispatch.explain_backends()["triton"]:
         pytest.skip("the triton backend runs here")

@@ -21,6 +21,7 @@ from ..dynamic_mask import dynamic_mask_attn_func
 from ..utils.mask import create_mask
 from . import grids
 from .cases import Case, Inputs, make_inputs
+from .compiling import compile_ahead
 from .console import Deadline, Progress, table
 from .digest import backend_of, kernels_digest
 from .providers import PROVIDERS, distance, references, run
@@ -114,10 +115,13 @@ def main(title: str, backward: bool, arguments: list[str] | None = None) -> int:
     facts, lines, skipped = run_facts(options.device), [], {}
     done = failed = 0
     deadline = Deadline(options.seconds)
+    passes = "attention" if backward else "forward"
+    jobs = [(name, replace(case, what=passes), causal) for name, case, causal in jobs]
+    # Both masks have one shape, and calls with the second are not causal.
+    masks = {True: "pairs", False: "prefix"}
+    compile_ahead([(replace(case, mask=masks[c]), _provider(name)) for name, case, c in jobs])
     with Progress("configurations", len(jobs)) as bar:
         for name, case, causal in deadline.until(jobs):
-            if not backward:
-                case = replace(case, what="forward")
             try:
                 found = compare(case, causal, name, tolerance, options.seed)
             except RuntimeError as error:
@@ -146,13 +150,18 @@ def compare(
 ) -> dict[str, Comparison]:
     """``out`` and, unless the case is forward only, every gradient of one configuration."""
     inputs = _with_created_mask(make_inputs(case, seed), case, causal)
-    provider = PROVIDERS[name if name == "ours" else f"ours-{name}"]
+    provider = PROVIDERS[_provider(name)]
     results = run(inputs, provider, case.window)
     truth, plain = references(inputs, provider, case.window)
     return {
         key: Comparison.of(value, truth[key], plain[key], tolerance)
         for key, value in results.items()
     }
+
+
+def _provider(name: str) -> str:
+    """Of a backend, or of the public function's own choice, ``"ours"``."""
+    return name if name == "ours" else f"ours-{name}"
 
 
 def _with_created_mask(inputs: Inputs, case: Case, causal: bool) -> Inputs:

@@ -1,0 +1,79 @@
+"""Kernels compiled by several processes before anything is timed; one alone takes minutes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+
+import torch
+
+from .cases import Case, make_inputs
+from .console import Progress
+from .providers import PROVIDERS, run
+
+Job = tuple[Case, str]
+"""A case and the name of a provider."""
+
+_COMPILED = ("ours", "ours-cuda", "ours-triton", "ours-flex", "flex")
+_FEW = 4  # problems, which are not worth starting processes
+_LONGEST = 32768  # longer texts have the same kernels, and more memory than several processes get
+_PROCESSES = 12  # beside each other on one GPU
+
+
+def compile_ahead(jobs: Sequence[Job]) -> None:
+    """Call what compiles kernels on this GPU once; who calls it later finds them on disk.
+
+    Nothing is measured and nothing told: what fails here fails again when it is measured.
+
+    Args:
+        jobs: What is going to be measured.
+    """
+    jobs = in_turn([job for job in jobs if _compiles(*job)])
+    processes = min(len(jobs), _PROCESSES, (os.cpu_count() or 1) - 1)
+    if len(jobs) < _FEW or processes < 2 or not torch.cuda.is_available():
+        return
+    call_all(jobs, processes)
+
+
+def call_all(jobs: Sequence[Job], processes: int) -> list[BaseException]:
+    """Call every job in one of so many new processes; returns what was raised."""
+    raised = []
+    # Not forked: a process that has used a GPU must not be.
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
+    with pool, Progress("compile", len(jobs)) as bar:
+        for future in as_completed([pool.submit(call, *job) for job in jobs]):
+            bar.update()
+            if error := future.exception():
+                raised.append(error)
+    return raised
+
+
+def call(case: Case, name: str) -> None:
+    """Compute a case as it is verified, and as it is measured."""
+    for problem in dict.fromkeys((case.reduced(), case)):
+        run(make_inputs(problem), PROVIDERS[name], problem.window)
+        if problem.device == "cuda":
+            torch.cuda.empty_cache()  # for the other processes
+
+
+def in_turn(jobs: Sequence[Job]) -> list[Job]:
+    """Different problems, one of every kind first: the next of a kind then finds its kernels."""
+    seen: Counter[tuple[object, ...]] = Counter()
+    ranked: dict[Job, int] = {}
+    for case, name in jobs:
+        problem = replace(case, name="", providers=())
+        if (problem, name) in ranked:
+            continue
+        kind = (name, case.what, case.mask, case.bias, case.head_dim, case.heads // case.kv_heads)
+        ranked[problem, name] = seen[kind]
+        seen[kind] += 1
+    return sorted(ranked, key=lambda job: ranked[job])
+
+
+def _compiles(case: Case, name: str) -> bool:
+    """Whether Triton compiles what a provider launches for a case."""
+    return case.device == "cuda" and case.length <= _LONGEST and name in _COMPILED
