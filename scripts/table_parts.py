@@ -97,19 +97,22 @@ def source(name: str, rows: Iterable[Row], words: Words) -> list[str]:
         "of a run with other kernels than the present ones, or that does not name its kernels"
     )
     note = [f"{STALE} {why}"] if any(map(is_stale, rows)) else []
-    runs: dict[tuple[str, ...], None] = {}
-    for row in rows:
-        hardware, versions = row["hardware"], row["versions"]
-        machine = hardware.get("gpu") or f"{hardware['cpu_cores']} x {hardware['cpu']}"
-        used = f"torch {versions['torch']}"
-        if hardware["device"] == "cuda":
-            used += f", Triton {versions['triton']}"
-        runs[machine, used, row["commit"], row["time"][:10], row["command"]] = None
+    runs = dict.fromkeys(map(run_of, rows))
     return note + [
         f"{words('Rows')}: `results/{name}`; {machine}, {used}, {words('commit')} {commit}, {day}: "
         f"`{command}`"
         for machine, used, commit, day, command in runs
     ]
+
+
+def run_of(row: Row) -> tuple[str, str, str, str, str]:
+    """Machine, versions, commit, day and command."""
+    hardware, versions = row["hardware"], row["versions"]
+    machine = hardware.get("gpu") or f"{hardware['cpu_cores']} x {hardware['cpu']}"
+    used = f"torch {versions['torch']}"
+    if hardware["device"] == "cuda":
+        used += f", Triton {versions['triton']}"
+    return machine, used, row["commit"], row["time"][:10], row["command"]
 
 
 def paragraphs(lines: Sequence[str]) -> list[str]:

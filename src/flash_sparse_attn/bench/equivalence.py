@@ -25,7 +25,7 @@ from .compiling import compile_ahead
 from .console import Deadline, Progress, table
 from .digest import backend_of, kernels_digest
 from .providers import PROVIDERS, distance, references, run
-from .store import Row, append_rows, run_facts
+from .store import Row, append_rows, elapsed, run_facts
 
 TEST_TYPES = ("all", "ours", "cuda", "triton", "flex", "eager")
 FORWARD = {"bfloat16": 1e-2, "float16": 5e-3, "float32": 1e-3}
@@ -222,6 +222,7 @@ def _row(
         "inside": {key: part.inside for key, part in found.items()},
         "agrees": good,
         **facts,
+        "elapsed_seconds": elapsed(facts),
         "kernels": kernels_digest(backend_of(name, case.device)),
     }
 

@@ -9,7 +9,7 @@ from dataclasses import asdict
 import torch
 
 from ..bench.console import Progress
-from ..bench.store import Row
+from ..bench.store import Row, elapsed
 from ..demo.model import SmallModel
 from ..demo.training import LossOfStep, Training
 from .tasks import Task
@@ -104,6 +104,7 @@ def compare(
             "step_seconds": seconds,
             "recorded": recorded,
             **facts,
+            "elapsed_seconds": elapsed(facts),
         }
 
 
