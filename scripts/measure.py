@@ -76,7 +76,7 @@ JOBS = [
     script("text", 120, "quality", "text", "--seed", "0", "1", *MINUTES, rows="quality.jsonl"),
     script("forward equivalence", 80, "forward_equivalence", *SAME, rows="equivalence.jsonl"),
     script("backward equivalence", 120, "backward_equivalence", *SAME, rows="equivalence.jsonl"),
-    script("gradient equivalence", 15, "grad_equivalence"),
+    script("gradient equivalence", 15, "grad_equivalence", rows="equivalence.jsonl"),
     Job("decoding", ["tests/gpu/time_decode.py"], 30),
     Job("masks", ["tests/gpu/time_masks.py"], 125),
     Job("masks by kernel", ["tests/gpu/time_masks.py", *MASKS, "--ours", "--profile"], 30),

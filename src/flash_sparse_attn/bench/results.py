@@ -122,8 +122,8 @@ def last_of_each(rows: list[Row]) -> list[Row]:
     """The last row of every case, provider, what was done, and training: its seed and lessons."""
     kept = {}
     for row in rows:
-        training = row.get("seed"), str(row.get("curriculum"))
-        kept[row["case"], row["provider"], row.get("what"), *training] = row
+        what = row.get("what"), row.get("seed"), str(row.get("curriculum"))
+        kept[row["case"], row["provider"], what] = row
     return list(kept.values())
 
 
