@@ -32,8 +32,8 @@ ALONE = ["-k", "host_time", "-s", "-n", "0"]
 MASKS = ["main", "keys", "small", "patterns"]
 GRID = ["--test-type", "sdpa-vs-ours", "--seconds", "320"]
 SAME = ["--test-type", "ours", "--seconds", "150"]
-MINUTES = ["--minutes", "1.6"]
-LESSONS = ["--rate-factor", "10", "--curriculum", "16", "32", "64", "128"]
+LESSONS = ["--curriculum", "16", "32", "64", "128", "256", "--lesson-steps", "500"]
+TEXT = ["text", "--seed", "0", "1", "--minutes", "3.6"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,12 @@ def script(name: str, seconds: float, program: str, *arguments: str, rows: str =
     return Job(name, [f"benchmarks/{program}.py", *arguments], seconds, rows=rows)
 
 
+def recall(name: str, lengths: list[str], widths: list[str]) -> Job:
+    """Three comparisons of four attentions in four minutes."""
+    sizes = ["--length", *lengths, "--width", *widths, "--rate-factor", "10", *LESSONS]
+    return script(name, 255, "quality", "recall", *sizes, "--minutes", "4", rows="quality.jsonl")
+
+
 # Those that matter most first.
 JOBS = [
     Job("tests", ["scripts/test.py", "--gpu", "--heavy", "-k", "not host_time", "-v"], 360),
@@ -66,17 +72,12 @@ JOBS = [
     Job("tables", ["-m", "flash_sparse_attn", "bench", "run"], 360, rows="h200.jsonl"),
     script("forward grid", 150, "forward_performance", *GRID, rows="predecessors.jsonl"),
     script("backward grid", 190, "backward_performance", *GRID, rows="predecessors.jsonl"),
-    script(
-        "recall",
-        120,
-        "quality",
-        *("recall", "--length", "1024", "--width", "64", *LESSONS, *MINUTES),
-        rows="quality.jsonl",
-    ),
-    script("text", 120, "quality", "text", "--seed", "0", "1", *MINUTES, rows="quality.jsonl"),
+    recall("recall", ["1024", "2048", "4096"], ["64"]),
+    script("text", 240, "quality", *TEXT, rows="quality.jsonl"),
     script("forward equivalence", 80, "forward_equivalence", *SAME, rows="equivalence.jsonl"),
     script("backward equivalence", 120, "backward_equivalence", *SAME, rows="equivalence.jsonl"),
     script("gradient equivalence", 15, "grad_equivalence", rows="equivalence.jsonl"),
+    recall("recall by width", ["1024"], ["32", "128", "256"]),
     Job("decoding", ["tests/gpu/time_decode.py"], 30),
     Job("masks", ["tests/gpu/time_masks.py"], 125),
     Job("masks by kernel", ["tests/gpu/time_masks.py", *MASKS, "--ours", "--profile"], 30),

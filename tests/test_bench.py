@@ -527,7 +527,7 @@ def test_what_is_compiled_ahead():
 
 def test_compiling_ahead_calls_every_problem_in_other_processes(capsys, monkeypatch):
     jobs = [(TINY, "ours"), (TINY, "nothing"), (replace(STEP, length=64), "ours")]
-    raised = compiling.call_all(jobs, 2)
+    raised = compiling.call_all(compiling.call, jobs, 2)
     assert [repr(error) for error in raised] == ["KeyError('nothing')"]
     assert "3/3" in capsys.readouterr().err
     # Without a GPU, and for little, nothing is started.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import pickle
 import subprocess
 import sys
 import time
@@ -193,7 +194,7 @@ def test_all_attentions_have_the_same_steps_and_first_weights(rows):
 
 
 def test_a_row_can_be_repeated(rows):
-    compile_kernels(tiny_recall(), ["dynamic"], CPU)  # leaves no trace
+    compile_kernels([tiny_recall()], ["dynamic"], CPU)  # leaves no trace
     (again,) = compare(tiny_recall(), ["dynamic"], 3, CPU, never(), rows[2]["steps"], FACTS)
     assert (again["curve"], again["results"]) == (rows[2]["curve"], rows[2]["results"])
 
@@ -216,6 +217,21 @@ def test_every_attention_has_the_same_lessons(rows):
     assert first["full"] != pytest.approx(rows[0]["curve"][0][1], abs=1e-3)
     (again,) = compare(task, ["full"], 3, CPU, never(), 12, FACTS)
     assert again["curve"] == taught[0]["curve"] and again["results"] == taught[0]["results"]
+
+
+def test_many_lengths_are_compiled_by_other_processes(monkeypatch):
+    """Every length with every attention, and what it calls can be sent there."""
+    sent = []
+    monkeypatch.setattr(quality_run, "call_all", lambda function, jobs: sent.extend(jobs))
+    task = tiny_recall(curriculum=(2, 3))
+    compile_kernels([tiny_recall()], ["full"], CPU)
+    assert not sent
+    compile_kernels([task], ["full", "shared"], CPU)
+    assert [(part.sequence, kind) for part, kind, _ in sent] == [
+        (sequence, kind) for sequence in (36, 6, 9) for kind in ("full", "shared")
+    ]
+    part, kind, device = pickle.loads(pickle.dumps(sent[-1]))
+    pickle.loads(pickle.dumps(quality_run.compile_one))(part, kind, device)
 
 
 def test_time_for_lessons_is_taken_off(monkeypatch):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -33,19 +34,27 @@ def compile_ahead(jobs: Sequence[Job]) -> None:
         jobs: What is going to be measured.
     """
     jobs = in_turn([job for job in jobs if _compiles(*job)])
-    processes = min(len(jobs), _PROCESSES, (os.cpu_count() or 1) - 1)
-    if len(jobs) < _FEW or processes < 2 or not torch.cuda.is_available():
-        return
-    call_all(jobs, processes)
+    if len(jobs) >= _FEW and torch.cuda.is_available():
+        call_all(call, jobs)
 
 
-def call_all(jobs: Sequence[Job], processes: int) -> list[BaseException]:
-    """Call every job in one of so many new processes; returns what was raised."""
+def call_all(
+    function: Callable[..., None], jobs: Sequence[tuple[Any, ...]], processes: int | None = None
+) -> list[BaseException]:
+    """Call a function in new processes with the arguments of every job; returns what was raised.
+
+    Args:
+        function: Of a module, so that other processes find it.
+        jobs: Arguments that can be pickled.
+        processes: How many; default what a GPU and the processors bear.
+    """
+    if processes is None:
+        processes = max(1, min(len(jobs), _PROCESSES, (os.cpu_count() or 1) - 1))
     raised = []
     # Not forked: a process that has used a GPU must not be.
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
     with pool, Progress("compile", len(jobs)) as bar:
-        for future in as_completed([pool.submit(call, *job) for job in jobs]):
+        for future in as_completed([pool.submit(function, *job) for job in jobs]):
             bar.update()
             if error := future.exception():
                 raised.append(error)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 
+from ..bench.compiling import call_all
 from ..bench.console import Progress
 from ..bench.store import Row, elapsed
 from ..demo.model import SmallModel
@@ -36,12 +37,29 @@ def planned_steps(
     return max(1, min(wanted, affordable))
 
 
-def compile_kernels(task: Task, kinds: Iterable[str], device: torch.device) -> None:
-    """Run every model once, so that compilation takes its time from no comparison in particular."""
-    for kind in kinds:
-        model = SmallModel(task.config, kind).to(device)
-        for part in (task, *(lesson for _, lesson in task.lessons())):
-            part.loss(model).backward()
+def compile_kernels(tasks: Sequence[Task], kinds: Iterable[str], device: torch.device) -> None:
+    """Run every model once, so that compilation takes its time from no comparison in particular.
+
+    Many lengths in several processes side by side, what is one length in this.
+    """
+    jobs = [
+        (part, kind, device)
+        for task in tasks
+        for part in (task, *(lesson for _, lesson in task.lessons()))
+        for kind in kinds
+    ]
+    if len({part.sequence for part, *_ in jobs}) > 1:
+        call_all(compile_one, jobs)
+        return
+    with Progress("compile", len(jobs)) as bar:
+        for job in jobs:
+            compile_one(*job)
+            bar.update()
+
+
+def compile_one(task: Task, kind: str, device: torch.device) -> None:
+    """One forward and backward pass."""
+    task.loss(SmallModel(task.config, kind).to(device)).backward()
 
 
 def compare(
