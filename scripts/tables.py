@@ -265,8 +265,8 @@ def runs(words: Words) -> list[str]:
         for row in last_of_each(all_rows(path.name)):
             by_run.setdefault(table_parts.run_of(row), []).append(row)
         for (machine, _, commit, day, command), rows in by_run.items():
-            whole = [row.get("elapsed_seconds") for row in rows]
-            took = "" if None in whole else f"{max(map(float, whole)):.0f} s"
+            known = [row["elapsed_seconds"] for row in rows if "elapsed_seconds" in row]
+            took = f"{max(known):.0f} s" if len(known) == len(rows) else ""
             cells = [f"`{command}`", path.name, machine, f"{commit}, {day}"]
             lines.append([*cells, str(len(rows)), took])
     header = ["command", "rows of", "machine", "commit", "rows", "took"]
