@@ -52,13 +52,18 @@ def call_all(
         processes = max(1, min(len(jobs), _PROCESSES, (os.cpu_count() or 1) - 1))
     raised = []
     # Not forked: a process that has used a GPU must not be.
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _one_compiler)
     with pool, Progress("compile", len(jobs)) as bar:
         for future in as_completed([pool.submit(function, *job) for job in jobs]):
             bar.update()
             if error := future.exception():
                 raised.append(error)
     return raised
+
+
+def _one_compiler() -> None:
+    """Each of these processes compiles by itself: PyTorch's compiler would start a pool in each."""
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
 def call(case: Case, name: str) -> None:
