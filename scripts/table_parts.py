@@ -137,10 +137,10 @@ def shape_of(row: Row) -> tuple[str, str]:
 
 def ours_by_run(rows: Iterable[Row]) -> dict[tuple[str, ...], Row]:
     """Our rows by case and run: what others are held against."""
-    return {_case_and_run(row): row for row in rows if row["provider"] == "ours"}
+    return {case_and_run(row): row for row in rows if row["provider"] == "ours"}
 
 
-def _case_and_run(row: Row) -> tuple[str, ...]:
+def case_and_run(row: Row) -> tuple[str, ...]:
     return row["case"], row["time"], row["command"]
 
 
@@ -151,7 +151,7 @@ def against(
     if other is None:
         return ""
     seconds = other["seconds"][part]
-    same_run = ours.get(_case_and_run(other))
+    same_run = ours.get(case_and_run(other))
     text = duration(seconds)
     if same_run is not None:
         text += f" ({digits(seconds / same_run['seconds'][part])} {words('times')})"

@@ -24,6 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 import grid_tables
+import peer_tables
 import quality_tables
 import support
 import table_parts
@@ -299,6 +300,11 @@ def figures(words: Words, of: str = "") -> list[str]:
     return paragraphs(shown) or [words("no rows yet")]
 
 
+def faster_peers(words: Words) -> list[str]:
+    """How often others are faster."""
+    return peer_tables.faster(read_rows("h200.jsonl"), read_rows(grid_tables.TIMED), words)
+
+
 def _of(make: Callable[[list[Row], Words], list[str]], name: str, words: Words) -> list[str]:
     """A table of all rows of a file."""
     return make(all_rows(name), words)
@@ -313,6 +319,7 @@ TABLES: dict[str, Callable[[Words], list[str]]] = {
     "predecessors-backward": partial(_of, grid_tables.backward, grid_tables.TIMED),
     "equivalence": partial(_of, grid_tables.equivalence, grid_tables.SAME),
     "bool-masks": bool_masks,
+    "faster-peers": faster_peers,
     "cpu": on_cpu,
     "cpu-patterns": patterns_on_cpu,
     "runs": runs,

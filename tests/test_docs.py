@@ -244,6 +244,38 @@ def test_tables_of_the_predecessors_grids(tmp_path, monkeypatch):
     assert tables.everything(words) == ["no rows yet"]  # they have their own
 
 
+def test_the_table_of_faster_peers_counts_every_row_of_one_run(tmp_path, monkeypatch):
+    tables = load(ROOT / "scripts" / "tables.py")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(tables.table_parts, "is_stale", lambda row: False)
+    words = tables.Words(Path("docs/performance.md"))
+    assert tables.faster_peers(words) == ["no rows yet"]
+
+    def row(case: str, provider: str, seconds: float, what: str, **more: str) -> str:
+        parts = {"forward": seconds, "backward": 2 * seconds, "total": 3 * seconds}
+        facts = {"case": case, "provider": provider, "what": what, "seconds": parts}
+        facts |= {"hardware": {"device": "cuda"}, "time": "now", "command": "run 1"}
+        return json.dumps(facts | more)
+
+    whole, forward = (store.WHAT[what] for what in ("attention", "forward"))
+    rows = [row(f"gpu-{n}", "ours", 1.0, whole) for n in (1, 2, 3)]
+    rows += [row("gpu-1", "sdpa-causal", 0.5, whole), row("gpu-2", "sdpa-causal", 0.8, whole)]
+    rows += [row("gpu-3", "sdpa-causal", 2.0, whole), row("gpu-3", "flex", 2.0, whole)]
+    rows += [row("gpu-2", "flex", 0.1, whole, command="run 2")]  # not beside ours
+    rows += [row("gpu-mask", side, 1.0, whole, mask="pairs") for side in ("ours", "sdpa-additive")]
+    (tmp_path / "h200.jsonl").write_text("\n".join(rows))
+    grid = [row("forward-1", side, 1.0, forward) for side in ("ours", "sdpa-additive")]
+    grid += [row("backward-1", "ours", 1.0, whole), row("backward-1", "sdpa-causal", 0.25, whole)]
+    (tmp_path / "predecessors.jsonl").write_text("\n".join(grid))
+    assert tables.faster_peers(words)[2:] == [
+        f"| {whole} | dense causal SDPA | 2 of 3 | gpu-1 | 2.00 times |",
+        f"| {whole} | FlexAttention | 0 of 1 |  |  |",
+        "| bool masks, forward + backward | SDPA, mask and bias added up | 0 of 1 |  |  |",
+        "| predecessors' grids, forward | SDPA, mask and bias added up | 0 of 1 |  |  |",
+        "| predecessors' grids, backward | dense causal SDPA | 1 of 1 | backward-1 | 4.00 times |",
+    ]
+
+
 def test_table_of_equivalence(tmp_path, monkeypatch):
     tables = load(ROOT / "scripts" / "tables.py")
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
