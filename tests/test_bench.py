@@ -519,6 +519,8 @@ def test_what_is_compiled_ahead():
     jobs = [(gpu, "ours"), (longer, "ours"), (replace(gpu, name="again"), "ours"), (wide, "ours")]
     found = compiling.in_turn(jobs)
     assert [(case.head_dim, case.length) for case, _ in found] == [(8, 48), (16, 48), (8, 64)]
+    mixed = compiling.in_turn([*jobs, (gpu, "flex"), (longer, "flex")])
+    assert [name for _, name in mixed] == ["flex"] * 2 + ["ours"] * 3
     assert compiling._compiles(gpu, "ours-triton") and compiling._compiles(gpu, "flex")
     huge = replace(gpu, length=1 << 20)
     for case, name in ((gpu, "sdpa-causal"), (TINY, "ours"), (huge, "ours")):
@@ -536,6 +538,14 @@ def test_compiling_ahead_calls_every_problem_in_other_processes(capsys, monkeypa
     compiling.compile_ahead([(replace(gpu, length=n), "ours") for n in range(48, 58)])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     compiling.compile_ahead([(gpu, "ours")])
+    # Otherwise what is verified as well as what is measured, each problem once.
+    sent = []
+    monkeypatch.setattr(compiling, "call_all", lambda function, jobs: sent.extend(jobs))
+    cases = [replace(gpu, name=str(n), length=n) for n in (512, 1024, 2048, 4096, 8192, 16384)]
+    compiling.compile_ahead([(case, "ours") for case in [*cases, replace(gpu, length=1 << 20)]])
+    assert [case.length for case, _ in sent] == [256, 512, 1024, 2048, 4096, 8192, 16384]
+    compiling.compile_ahead([(case, "flex") for case in cases] + [(TINY, "ours")])
+    assert len(sent) == 7 + 7
 
 
 def test_a_wrong_provider_is_not_timed(capsys, tmp_path, monkeypatch):

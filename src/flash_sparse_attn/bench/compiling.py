@@ -20,7 +20,7 @@ Job = tuple[Case, str]
 """A case and the name of a provider."""
 
 _COMPILED = ("ours", "ours-cuda", "ours-triton", "ours-flex", "flex")
-_FEW = 4  # problems, which are not worth starting processes
+_FEW = 7  # problems; fewer are not worth starting processes
 _LONGEST = 32768  # longer texts have the same kernels, and more memory than several processes get
 _PROCESSES = 12  # beside each other on one GPU
 
@@ -31,11 +31,12 @@ def compile_ahead(jobs: Sequence[Job]) -> None:
     Nothing is measured and nothing told: what fails here fails again when it is measured.
 
     Args:
-        jobs: What is going to be measured.
+        jobs: What is going to be verified and measured.
     """
-    jobs = in_turn([job for job in jobs if _compiles(*job)])
-    if len(jobs) >= _FEW and torch.cuda.is_available():
-        call_all(call, jobs)
+    problems = [(problem, name) for case, name in jobs for problem in (case.reduced(), case)]
+    problems = in_turn([job for job in problems if _compiles(*job)])
+    if len(problems) >= _FEW and torch.cuda.is_available():
+        call_all(call, problems)
 
 
 def call_all(
@@ -67,15 +68,17 @@ def _one_compiler() -> None:
 
 
 def call(case: Case, name: str) -> None:
-    """Compute a case as it is verified, and as it is measured."""
-    for problem in dict.fromkeys((case.reduced(), case)):
-        run(make_inputs(problem), PROVIDERS[name], problem.window)
-        if problem.device == "cuda":
-            torch.cuda.empty_cache()  # for the other processes
+    """Compute a case once, with the gradients that it has."""
+    run(make_inputs(case), PROVIDERS[name], case.window)
+    if case.device == "cuda":
+        torch.cuda.empty_cache()  # for the other processes
 
 
 def in_turn(jobs: Sequence[Job]) -> list[Job]:
-    """Different problems, one of every kind first: the next of a kind then finds its kernels."""
+    """Different problems: FlexAttention's, which take longest, then one of every other kind first.
+
+    The next of a kind then finds its kernels.
+    """
     seen: Counter[tuple[object, ...]] = Counter()
     ranked: dict[Job, int] = {}
     for case, name in jobs:
@@ -85,7 +88,7 @@ def in_turn(jobs: Sequence[Job]) -> list[Job]:
         kind = (name, case.what, case.mask, case.bias, case.head_dim, case.heads // case.kv_heads)
         ranked[problem, name] = seen[kind]
         seen[kind] += 1
-    return sorted(ranked, key=lambda job: ranked[job])
+    return sorted(ranked, key=lambda job: ("flex" not in job[1], ranked[job]))
 
 
 def _compiles(case: Case, name: str) -> bool:
