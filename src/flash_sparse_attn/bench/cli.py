@@ -66,10 +66,12 @@ def _list(arguments: argparse.Namespace) -> int:
             case.dtype,
             f"{case.flops() / 1e9:.4g}" if case.mask in _KNOWN_WORK else "by the mask",
             format_bytes(case.min_bytes()),
+            ", ".join(case.providers),
         ]
         for case in CASES.values()
     ]
     header = ["name", "shape", "mask", "scores", "dtype", "useful GFLOP", "least traffic"]
+    header.append("providers")
     print("cases\n" + table(header, rows))
     print("\nproviders")
     for name, provider in PROVIDERS.items():
