@@ -1,6 +1,6 @@
 """Run the tests, programs and benchmarks of GPUs on all GPUs of this machine, and collect the rows.
 
-    python scripts/measure.py --out FOLDER [--seconds S] [JOB ...]
+    python scripts/measure.py --out FOLDER [--seconds S] [--commit COMMIT] [JOB ...]
 
 Three phases: jobs side by side, one on each GPU; jobs whose figures depend on the host, alone; and
 what needs several GPUs. The last two get what they are expected to take, at most a fifth of
@@ -8,7 +8,8 @@ what needs several GPUs. The last two get what they are expected to take, at mos
 what does not fit afterwards, as far as it gets: jobs stand in the order of their importance.
 
 FOLDER gets a log for each GPU, those of the last two phases, and files of rows, each to be appended
-to the file of its name in ``results/``.
+to the file of its name in ``results/``. Where these sources were copied without their history, rows
+get their commit from ``--commit``.
 """
 
 from __future__ import annotations
@@ -25,23 +26,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-BENCH = ["-m", "flash_sparse_attn", "bench", "run", "--repeats", "11"]
+sys.path.insert(0, str(ROOT / "src"))
 RANKS = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "gpu"]
 ALONE = ["-k", "host_time", "-s", "-n", "0"]
 MASKS = ["main", "keys", "small", "patterns"]
-OURS, DENSE, FLEX = ("--provider", "ours"), ("--provider", "sdpa-causal"), ("--provider", "flex")
 GRID = ["--test-type", "sdpa-vs-ours", "--seconds", "320"]
 SAME = ["--test-type", "ours", "--seconds", "150"]
-MINUTES = ["--minutes", "1.6"]
-LESSONS = ["--rate-factor", "10", "--curriculum", "16", "32", "64", "128"]
-SHORT = ["gpu-2048", "gpu-4096", "gpu-8192", "gpu-16384", "gpu-a", "gpu-b"]
-GIVEN = [f"gpu-{kind}-*" for kind in ("mask", "sliding", "documents", "prefix", "blocks")]
-GIVEN += ["gpu-independent-*"]
-LONG = ["gpu-262144", "gpu-524288", "gpu-1m"]  # dense attention would take minutes
-
-
-def cases(*patterns: str) -> list[str]:
-    return [part for pattern in patterns for part in ("--case", pattern)]
+LESSONS = ["--curriculum", "16", "32", "64", "128", "256", "--lesson-steps", "500"]
+TEXT = ["text", "--seed", "0", "1", "--minutes", "3.6"]
 
 
 @dataclass(frozen=True)
@@ -63,37 +55,29 @@ class Job:
     rows: str = ""
 
 
-def bench(name: str, seconds: float, *arguments: str) -> Job:
-    return Job(name, [*BENCH, *arguments], seconds, rows="h200.jsonl")
-
-
 def script(name: str, seconds: float, program: str, *arguments: str, rows: str = "") -> Job:
     return Job(name, [f"benchmarks/{program}.py", *arguments], seconds, rows=rows)
+
+
+def recall(name: str, lengths: list[str], widths: list[str]) -> Job:
+    """Three comparisons of four attentions in four minutes."""
+    sizes = ["--length", *lengths, "--width", *widths, "--rate-factor", "10", *LESSONS]
+    return script(name, 255, "quality", "recall", *sizes, "--minutes", "4", rows="quality.jsonl")
 
 
 # Those that matter most first.
 JOBS = [
     Job("tests", ["scripts/test.py", "--gpu", "--heavy", "-k", "not host_time", "-v"], 360),
-    bench("lengths", 65, *cases(*SHORT, "gpu-65536", "gpu-c"), *OURS, *DENSE),
-    bench("long", 25, *cases(*LONG), *OURS),
-    bench("steps", 20, *cases("gpu-decode-*"), *OURS, *DENSE),
-    bench("windows", 25, *cases("gpu-window-*"), *OURS, *DENSE),
-    script("forward grid", 220, "forward_performance", *GRID, rows="predecessors.jsonl"),
-    script("backward grid", 290, "backward_performance", *GRID, rows="predecessors.jsonl"),
-    script(
-        "recall",
-        120,
-        "quality",
-        *("recall", "--length", "1024", "--width", "64", *LESSONS, *MINUTES),
-        rows="quality.jsonl",
-    ),
-    script("text", 120, "quality", "text", "--seed", "0", "1", *MINUTES, rows="quality.jsonl"),
-    bench("given masks", 80, *cases(*GIVEN), *OURS, "--provider", "sdpa-additive"),
-    bench("patterns", 20, *cases("gpu-b-*"), *OURS),
+    # What the tables show, and nothing else.
+    Job("tables", ["-m", "flash_sparse_attn", "bench", "run"], 360, rows="h200.jsonl"),
+    script("forward grid", 150, "forward_performance", *GRID, rows="predecessors.jsonl"),
+    script("backward grid", 190, "backward_performance", *GRID, rows="predecessors.jsonl"),
+    recall("recall", ["1024", "2048", "4096"], ["64"]),
+    script("text", 240, "quality", *TEXT, rows="quality.jsonl"),
     script("forward equivalence", 80, "forward_equivalence", *SAME, rows="equivalence.jsonl"),
     script("backward equivalence", 120, "backward_equivalence", *SAME, rows="equivalence.jsonl"),
-    script("gradient equivalence", 15, "grad_equivalence"),
-    bench("flex", 180, *cases(*SHORT), *OURS, *FLEX),
+    script("gradient equivalence", 15, "grad_equivalence", rows="equivalence.jsonl"),
+    recall("recall by width", ["1024"], ["32", "128", "256"]),
     Job("decoding", ["tests/gpu/time_decode.py"], 30),
     Job("masks", ["tests/gpu/time_masks.py"], 125),
     Job("masks by kernel", ["tests/gpu/time_masks.py", *MASKS, "--ours", "--profile"], 30),
@@ -202,13 +186,19 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 def main(arguments: list[str]) -> int:
     import torch
 
+    from flash_sparse_attn import info
+
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("jobs", nargs="*", metavar="JOB", help=", ".join(job.name for job in JOBS))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument(
         "--seconds", type=float, default=1800.0, help="for everything (default 1800)"
     )
+    parser.add_argument("--commit", help="of these sources, in full (default: what git says)")
     options = parser.parse_args(arguments)
+    if options.commit:
+        os.environ[info.COMMIT] = options.commit
+        info.commit()  # or an error now, and not in every job
     unknown = set(options.jobs) - {job.name for job in JOBS}
     if unknown or not torch.cuda.is_available():
         reason = f"JOB: unknown are {sorted(unknown)}" if unknown else "torch sees no GPU"

@@ -97,19 +97,22 @@ def source(name: str, rows: Iterable[Row], words: Words) -> list[str]:
         "of a run with other kernels than the present ones, or that does not name its kernels"
     )
     note = [f"{STALE} {why}"] if any(map(is_stale, rows)) else []
-    runs: dict[tuple[str, ...], None] = {}
-    for row in rows:
-        hardware, versions = row["hardware"], row["versions"]
-        machine = hardware.get("gpu") or f"{hardware['cpu_cores']} x {hardware['cpu']}"
-        used = f"torch {versions['torch']}"
-        if hardware["device"] == "cuda":
-            used += f", Triton {versions['triton']}"
-        runs[machine, used, row["commit"], row["time"][:10], row["command"]] = None
+    runs = dict.fromkeys(map(run_of, rows))
     return note + [
         f"{words('Rows')}: `results/{name}`; {machine}, {used}, {words('commit')} {commit}, {day}: "
         f"`{command}`"
         for machine, used, commit, day, command in runs
     ]
+
+
+def run_of(row: Row) -> tuple[str, str, str, str, str]:
+    """Machine, versions, commit, day and command."""
+    hardware, versions = row["hardware"], row["versions"]
+    machine = hardware.get("gpu") or f"{hardware['cpu_cores']} x {hardware['cpu']}"
+    used = f"torch {versions['torch']}"
+    if hardware["device"] == "cuda":
+        used += f", Triton {versions['triton']}"
+    return machine, used, row["commit"], row["time"][:10], row["command"]
 
 
 def paragraphs(lines: Sequence[str]) -> list[str]:
@@ -134,10 +137,10 @@ def shape_of(row: Row) -> tuple[str, str]:
 
 def ours_by_run(rows: Iterable[Row]) -> dict[tuple[str, ...], Row]:
     """Our rows by case and run: what others are held against."""
-    return {_case_and_run(row): row for row in rows if row["provider"] == "ours"}
+    return {case_and_run(row): row for row in rows if row["provider"] == "ours"}
 
 
-def _case_and_run(row: Row) -> tuple[str, ...]:
+def case_and_run(row: Row) -> tuple[str, ...]:
     return row["case"], row["time"], row["command"]
 
 
@@ -148,7 +151,7 @@ def against(
     if other is None:
         return ""
     seconds = other["seconds"][part]
-    same_run = ours.get(_case_and_run(other))
+    same_run = ours.get(case_and_run(other))
     text = duration(seconds)
     if same_run is not None:
         text += f" ({digits(seconds / same_run['seconds'][part])} {words('times')})"

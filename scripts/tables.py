@@ -3,8 +3,8 @@
     python scripts/tables.py            write them
     python scripts/tables.py --check    say what is out of date, and write nothing
 
-The figures of the rows of one GPU are the files of docs/figures, byte for byte the same for the
-same rows; those for which there are no rows yet do not exist.
+The figures are the files of docs/figures, byte for byte the same for the same rows; those for which
+there are no rows yet do not exist.
 
 A table stands between a line ``<!-- rows: NAME -->`` and the next ``<!-- end of rows -->``, and
 says below itself which machine, versions, commit and command its rows have. The last row of every
@@ -24,6 +24,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 import grid_tables
+import peer_tables
+import quality_tables
 import support
 import table_parts
 from table_parts import (
@@ -44,6 +46,7 @@ from table_parts import (
 )
 
 from flash_sparse_attn.bench.figures import FIGURES as CHARTS
+from flash_sparse_attn.bench.results import last_of_each
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
@@ -255,73 +258,20 @@ def everything(words: Words) -> list[str]:
     return lines[:-1] or [words("no rows yet")]
 
 
-ATTENTIONS = {
-    "full": "full attention",
-    "window": "sliding window",
-    "dynamic": "dynamic mask, causal",
-    "shared": "dynamic mask, shared",
-}
-
-
-def quality_recall(words: Words) -> list[str]:
-    """The part of right answers for every length and width, by attention."""
-    return _quality("accuracy", "right answers", words)
-
-
-def quality_text(words: Words) -> list[str]:
-    """Bits per byte of held-out text, by attention."""
-    everywhere = _quality("bits_per_byte", "bits per byte", words)
-    late = _quality("late_bits_per_byte", "bits per byte, last quarter", words)
-    return everywhere if everywhere == late else [*late[: late.index("")], "", *everywhere]
-
-
-def quality_cpu(words: Words) -> list[str]:
-    """The small recall of CPUs."""
-    return _quality("accuracy", "right answers", words, "quality-cpu.jsonl")
-
-
-def _quality(result: str, title: str, words: Words, name: str = "quality.jsonl") -> list[str]:
-    """One line for every case and its lessons: the mean over seeds, and least to largest."""
-    # The last row of every case with its lessons, attention and seed.
-    found = {
-        ((row["case"], _lessons(row)), row["provider"], row["seed"]): row
-        for row in all_rows(name)
-        if result in row["results"]
-    }
-    if not found:
-        return [words("no rows yet")]
-    has_lessons = any("curriculum" in row for row in found.values())
-    table = []
-    for case in dict.fromkeys(case for case, _, _ in found):
-        rows = [row for (of, _, _), row in found.items() if of == case]
-        samples = sorted({row["train_samples"] for row in rows})
-        name_of_case, lessons = case
-        seeds = str(len({row["seed"] for row in rows}))
-        cells = [name_of_case, " / ".join(f"{n:,}" for n in samples), seeds]
-        cells += [lessons] * has_lessons
-        for kind in ATTENTIONS:
-            of_kind = [row for row in rows if row["provider"] == kind]
-            text = _over_seeds([row["results"][result] for row in of_kind])
-            cells.append(marked(text, next(filter(table_parts.is_stale, of_kind), None)))
-        table.append(cells)
-    header = [title, "training samples", "seeds", *["lessons before"] * has_lessons]
-    header += ATTENTIONS.values()
-    used = source(name, found.values(), words)
-    return [*markdown(header, table), "", *paragraphs(used)]
-
-
-def _lessons(row: Row) -> str:
-    """The lessons of a training, which all attentions had: steps, pairs, tokens."""
-    lessons = row.get("curriculum", [])
-    parts = (f"{one['steps']} × {one['pairs']} pairs in {one['length']}" for one in lessons)
-    return ", ".join(parts) or "none"
-
-
-def _over_seeds(values: list[float]) -> str:
-    if not values:
-        return ""
-    mean = f"{sum(values) / len(values):.3f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.3f} .. {max(values):.3f})"
+def runs(words: Words) -> list[str]:
+    """Every command that made rows of `last_of_each`: how many, and in what time."""
+    lines = []
+    for path in sorted(RESULTS.glob("*.jsonl")):
+        by_run: dict[tuple[str, ...], list[Row]] = {}
+        for row in last_of_each(all_rows(path.name)):
+            by_run.setdefault(table_parts.run_of(row), []).append(row)
+        for (machine, _, commit, day, command), rows in by_run.items():
+            known = [row["elapsed_seconds"] for row in rows if "elapsed_seconds" in row]
+            took = f"{max(known):.0f} s" if len(known) == len(rows) else ""
+            cells = [f"`{command}`", path.name, machine, f"{commit}, {day}"]
+            lines.append([*cells, str(len(rows)), took])
+    header = ["command", "rows of", "machine", "commit", "rows", "took"]
+    return markdown(header, lines) if lines else [words("no rows yet")]
 
 
 def features(words: Words) -> list[str]:
@@ -331,21 +281,32 @@ def features(words: Words) -> list[str]:
 
 
 def pictures() -> dict[str, tuple[str, str]]:
-    """Every figure of the rows of one GPU by file name: its title, and its SVG."""
+    """Every figure by file name: its title, and its SVG."""
     rows = read_rows("h200.jsonl")
-    charts = {name: draw(rows) for name, draw in CHARTS.items()}
-    return {f"{name}.svg": (c.title, c.svg()) for name, c in charts.items() if c is not None}
+    drawn = {name: draw(rows) for name, draw in CHARTS.items()}
+    charts = {name: chart for name, chart in drawn.items() if chart is not None}
+    charts |= quality_tables.charts(all_rows(quality_tables.GPU), "curve")
+    charts |= quality_tables.charts(all_rows(quality_tables.CPU), "curve-cpu")
+    return {f"{name}.svg": (chart.title, chart.svg()) for name, chart in charts.items()}
 
 
-def figures(words: Words) -> list[str]:
-    """The pictures, for a page in docs/."""
-    drawn = pictures().items()
-    shown = [f"![{title}]({FIGURES.name}/{name})" for name, (title, _) in drawn]
+def figures(words: Words, of: str = "") -> list[str]:
+    """Pictures, for a page in docs/: of time and memory, or those whose names begin with `of`."""
+    shown = [
+        f"![{title}]({FIGURES.name}/{name})"
+        for name, (title, _) in pictures().items()
+        if (name.startswith(of) if of else name.removesuffix(".svg") in CHARTS)
+    ]
     return paragraphs(shown) or [words("no rows yet")]
 
 
-def _of_grids(make: Callable[[list[Row], Words], list[str]], name: str, words: Words) -> list[str]:
-    """A table of the predecessors' grids, from its file."""
+def faster_peers(words: Words) -> list[str]:
+    """How often others are faster."""
+    return peer_tables.faster(read_rows("h200.jsonl"), read_rows(grid_tables.TIMED), words)
+
+
+def _of(make: Callable[[list[Row], Words], list[str]], name: str, words: Words) -> list[str]:
+    """A table of all rows of a file."""
     return make(all_rows(name), words)
 
 
@@ -353,17 +314,20 @@ TABLES: dict[str, Callable[[Words], list[str]]] = {
     "headline": headline,
     "windows": windows,
     "decoding": decoding,
-    "predecessors-forward": partial(_of_grids, grid_tables.forward, grid_tables.TIMED),
-    "predecessors-inference": partial(_of_grids, grid_tables.inference, grid_tables.TIMED),
-    "predecessors-backward": partial(_of_grids, grid_tables.backward, grid_tables.TIMED),
-    "equivalence": partial(_of_grids, grid_tables.equivalence, grid_tables.SAME),
+    "predecessors-forward": partial(_of, grid_tables.forward, grid_tables.TIMED),
+    "predecessors-inference": partial(_of, grid_tables.inference, grid_tables.TIMED),
+    "predecessors-backward": partial(_of, grid_tables.backward, grid_tables.TIMED),
+    "equivalence": partial(_of, grid_tables.equivalence, grid_tables.SAME),
     "bool-masks": bool_masks,
+    "faster-peers": faster_peers,
     "cpu": on_cpu,
     "cpu-patterns": patterns_on_cpu,
+    "runs": runs,
     "everything": everything,
-    "quality-recall": quality_recall,
-    "quality-text": quality_text,
-    "quality-cpu": quality_cpu,
+    "quality-recall": partial(_of, quality_tables.recall, quality_tables.GPU),
+    "quality-text": partial(_of, quality_tables.text, quality_tables.GPU),
+    "quality-curves": partial(figures, of="curve-"),
+    "quality-cpu": partial(_of, quality_tables.recall_on_cpu, quality_tables.CPU),
     "support": features,
     "figures": figures,
 }

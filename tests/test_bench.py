@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ import torch
 from flash_sparse_attn import WindowCache, __main__, dispatch, info, select_keys
 from flash_sparse_attn.bench import (
     cli,
+    compiling,
     console,
     figures,
     machine,
@@ -137,6 +141,28 @@ def test_a_wrong_selection_is_refused(monkeypatch):
     )
     with pytest.raises(WrongResult, match="visible pairs differ"):
         verify(case, "ours")
+
+
+def test_cases_that_are_one_problem_when_reduced_are_verified_once(monkeypatch):
+    """Under the name of each, a wrong result is refused all the same."""
+    made = []
+    monkeypatch.setattr(
+        providers, "make_inputs", lambda case, seed: made.append(case) or make_inputs(case, seed)
+    )
+    long = replace(TINY, name="long", length=4096)
+    longer = replace(TINY, name="longer", length=8192)
+    change(monkeypatch, "ours", what="of this test")
+    errors = verify(long, "ours")
+    errors["out"] = 1.0
+    assert verify(longer, "ours")["out"] < 1e-4 and len(made) == 1
+    verify(replace(longer, head_dim=16), "ours")
+    verify(longer, "reference")
+    assert len(made) == 3
+    right = PROVIDERS["ours"].attend
+    change(monkeypatch, "ours", attend=lambda inputs, mask: 0 * right(inputs, mask))
+    for case in (long, longer):
+        with pytest.raises(WrongResult, match=f"^ours on {case.name}: out is off by"):
+            verify(case, "ours")
 
 
 MASKED = replace(TINY, mask="pairs", providers=("ours",))
@@ -449,6 +475,77 @@ def test_run_prints_and_appends_complete_rows(capsys, tmp_path):
     assert row["hardware"]["device"] == "cpu" and row["versions"]["torch"] == torch.__version__
     for field in ("commit", "command", "time", "peak_bytes", "spread", "seconds", "errors_at"):
         assert row[field] is not None
+
+
+def test_a_run_without_options_is_what_is_committed(capsys, monkeypatch):
+    """On a GPU: the cases and providers of results/h200.jsonl, what compiles longest at the end."""
+    path = Path(__file__).resolve().parent.parent / "results" / "h200.jsonl"
+    committed = {(row["case"], row["provider"]) for row in store.read_rows(path)}
+    asked, ahead = [], []
+
+    def taken(case, name, **options):
+        asked.append((case.name, name))
+        raise RuntimeError("not measured")
+
+    monkeypatch.setattr(cli, "take", taken)
+    monkeypatch.setattr(cli, "verify_isolated", lambda case, name: {"out": 0.0})
+    monkeypatch.setattr(cli, "run_facts", lambda device: store.run_facts("cpu"))
+    monkeypatch.setattr(cli, "ceilings", lambda device: {})
+    monkeypatch.setattr(cli, "compile_ahead", ahead.extend)
+    monkeypatch.setattr(info, "default_device", lambda: torch.device("cuda"))
+    status, printed = run(capsys, "run")
+    assert status == 1 and len(asked) == len(set(asked)) and set(asked) == committed
+    assert [(case.name, name) for case, name in ahead] == asked
+    flex = [name == "flex" for _, name in asked]
+    assert flex == sorted(flex) and any(flex)
+    assert re.search(r"\n\d+ s\n$", printed.out)
+
+
+def test_rows_say_when_they_were_done(monkeypatch):
+    facts = store.run_facts("cpu")
+    assert 0 <= store.elapsed(facts) < 5
+    past = datetime.datetime.fromisoformat(facts["time"]) - datetime.timedelta(seconds=90)
+    facts["time"] = past.isoformat(timespec="seconds")
+    found = measure.measure(TINY, PROVIDERS["ours"], 1)
+    row = store.make_row(TINY, "ours", found, {"out": 0.0}, facts)
+    assert 90 <= row["elapsed_seconds"] < 95
+
+
+def test_what_is_compiled_ahead():
+    """Different problems that Triton compiles, one of every kind before the next of any."""
+    gpu = replace(TINY, device="cuda")
+    wide = replace(gpu, name="wide", head_dim=16)
+    longer = replace(gpu, name="longer", length=64)
+    jobs = [(gpu, "ours"), (longer, "ours"), (replace(gpu, name="again"), "ours"), (wide, "ours")]
+    found = compiling.in_turn(jobs)
+    assert [(case.head_dim, case.length) for case, _ in found] == [(8, 48), (16, 48), (8, 64)]
+    mixed = compiling.in_turn([*jobs, (gpu, "flex"), (longer, "flex")])
+    assert [name for _, name in mixed] == ["flex"] * 2 + ["ours"] * 3
+    assert compiling._compiles(gpu, "ours-triton") and compiling._compiles(gpu, "flex")
+    huge = replace(gpu, length=1 << 20)
+    for case, name in ((gpu, "sdpa-causal"), (TINY, "ours"), (huge, "ours")):
+        assert not compiling._compiles(case, name)
+
+
+def test_compiling_ahead_calls_every_problem_in_other_processes(capsys, monkeypatch):
+    jobs = [(TINY, "ours"), (TINY, "nothing"), (replace(STEP, length=64), "ours")]
+    raised = compiling.call_all(compiling.call, jobs, 2)
+    assert [repr(error) for error in raised] == ["KeyError('nothing')"]
+    assert "3/3" in capsys.readouterr().err
+    # Without a GPU, and for little, nothing is started.
+    monkeypatch.setattr(compiling, "call_all", lambda *_: pytest.fail("it was called"))
+    gpu = replace(TINY, device="cuda")
+    compiling.compile_ahead([(replace(gpu, length=n), "ours") for n in range(48, 58)])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    compiling.compile_ahead([(gpu, "ours")])
+    # Otherwise what is verified as well as what is measured, each problem once.
+    sent = []
+    monkeypatch.setattr(compiling, "call_all", lambda function, jobs: sent.extend(jobs))
+    cases = [replace(gpu, name=str(n), length=n) for n in (512, 1024, 2048, 4096, 8192, 16384)]
+    compiling.compile_ahead([(case, "ours") for case in [*cases, replace(gpu, length=1 << 20)]])
+    assert [case.length for case, _ in sent] == [256, 512, 1024, 2048, 4096, 8192, 16384]
+    compiling.compile_ahead([(case, "flex") for case in cases] + [(TINY, "ours")])
+    assert len(sent) == 7 + 7
 
 
 def test_a_wrong_provider_is_not_timed(capsys, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from flash_sparse_attn import dispatch
-from flash_sparse_attn.bench import console, equivalence, grids, performance
+from flash_sparse_attn.bench import console, digest, equivalence, grids, performance
 from flash_sparse_attn.bench.providers import PROVIDERS, visible_pairs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -139,13 +139,20 @@ def test_equivalence_scripts_on_their_smallest_configuration(name, tmp_path):
         assert row["hardware"]["device"] == "cpu" and row["versions"] and row["commit"]
 
 
-def test_the_gradient_script():
-    done = run_script("grad_equivalence", "--verbose")
+def test_the_gradient_script(tmp_path):
+    out = tmp_path / "rows.jsonl"
+    done = run_script("grad_equivalence", "--verbose", "--out", str(out))
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("agrees") == 6
+    (row,) = (json.loads(line) for line in out.read_text().splitlines())
+    tensors = ["out", "query", "key", "value", "dt_proj", "A"]
+    assert row["agrees"] and row["inside"] == dict.fromkeys(tensors, 1.0)
+    assert all(row["errors"][name] <= row["allowed"][name] for name in tensors)
+    assert row["command"] == "python benchmarks/grad_equivalence.py --verbose"
+    assert not digest.is_stale(row)
 
 
-def test_the_gradient_script_sees_a_wrong_gradient(monkeypatch, capsys):
+def test_the_gradient_script_sees_a_wrong_gradient(monkeypatch, capsys, tmp_path):
     right = equivalence.dynamic_mask_attn_func
 
     def wrong(query, key, value, scores, window):
@@ -159,8 +166,12 @@ def test_the_gradient_script_sees_a_wrong_gradient(monkeypatch, capsys):
         "dynamic_mask_attn_func",
         lambda *arguments: right(*arguments[:3], 1.001 * arguments[3], arguments[4]),
     )
-    assert equivalence.gradients_main("", []) == 1
+    out = tmp_path / "rows.jsonl"
+    assert equivalence.gradients_main("", ["--out", str(out)]) == 1
     assert "DIFFERS" in capsys.readouterr().out
+    row = json.loads(out.read_text())
+    assert not row["agrees"] and row["inside"]["out"] < 1
+    assert row["errors"]["out"] > row["allowed"]["out"]
 
 
 # Performance
@@ -200,6 +211,21 @@ def test_the_configurations_can_be_listed(capsys):
     assert len(capsys.readouterr().out.splitlines()) == 45 + 45 - 6
     assert performance.main("", grids.forward_performance, ["--config", "nothing"]) == 2
     assert "no configuration is called nothing" in capsys.readouterr().out
+
+
+def test_one_problem_under_several_names_is_measured_once(monkeypatch, tmp_path):
+    measured, out = [], tmp_path / "rows.jsonl"
+    monkeypatch.setattr(performance, "verify_isolated", lambda case, name: {"out": 0.0})
+    monkeypatch.setattr(
+        performance, "take", lambda case, *_, **__: measured.append(case.name) or measured_of(case)
+    )
+    names = ["forward-train-4096-d64", "forward-batch-1-d64", "forward-batch-2-d64"]
+    arguments = ["--device", "cpu", "--test-type", "ours", "--config", *names, "--out", str(out)]
+    assert performance.main("", grids.forward_performance, arguments) == 0
+    assert measured == [names[0], names[2]]
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["case"] for row in rows] == names
+    assert [row["shape"]["batch"] for row in rows] == [1, 1, 2]
 
 
 def test_a_missing_backend_is_named(capsys):

@@ -146,7 +146,7 @@ def test_figures_are_files_of_the_rows_and_nothing_else(tmp_path, monkeypatch, c
     assert tables.main([]) == 0 and tables.main(["--check"]) == 0
     drawn = tmp_path / "figures" / "length.svg"
     assert drawn.read_bytes() == (ROOT / "docs" / "figures" / "length.svg").read_bytes()
-    monkeypatch.setattr(tables, "read_rows", lambda name: [])
+    monkeypatch.setattr(tables, "all_rows", lambda name: [])
     assert tables.main(["--check"]) == 1 and drawn.is_file()
     assert tables.main([]) == 0 and not drawn.is_file()
     assert tables.figures(tables.Words(Path("docs/performance.md"))) == ["no rows yet"]
@@ -218,7 +218,7 @@ def test_tables_of_the_predecessors_grids(tmp_path, monkeypatch):
         "versions": {"torch": "2.0", "triton": "3.0"},
         "commit": "abc",
         "command": "run 1",
-        "time": "2026-01-01T00:00:00",
+        "time": "2026-01-01T00:00:00+00:00",
     }
 
     def row(case, provider):
@@ -242,6 +242,38 @@ def test_tables_of_the_predecessors_grids(tmp_path, monkeypatch):
     (tmp_path / "predecessors.jsonl").write_text("\n".join(rows[:6]))
     assert "57 configurations were not measured." in makers["forward"](words)
     assert tables.everything(words) == ["no rows yet"]  # they have their own
+
+
+def test_the_table_of_faster_peers_counts_every_row_of_one_run(tmp_path, monkeypatch):
+    tables = load(ROOT / "scripts" / "tables.py")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(tables.table_parts, "is_stale", lambda row: False)
+    words = tables.Words(Path("docs/performance.md"))
+    assert tables.faster_peers(words) == ["no rows yet"]
+
+    def row(case: str, provider: str, seconds: float, what: str, **more: str) -> str:
+        parts = {"forward": seconds, "backward": 2 * seconds, "total": 3 * seconds}
+        facts = {"case": case, "provider": provider, "what": what, "seconds": parts}
+        facts |= {"hardware": {"device": "cuda"}, "time": "now", "command": "run 1"}
+        return json.dumps(facts | more)
+
+    whole, forward = (store.WHAT[what] for what in ("attention", "forward"))
+    rows = [row(f"gpu-{n}", "ours", 1.0, whole) for n in (1, 2, 3)]
+    rows += [row("gpu-1", "sdpa-causal", 0.5, whole), row("gpu-2", "sdpa-causal", 0.8, whole)]
+    rows += [row("gpu-3", "sdpa-causal", 2.0, whole), row("gpu-3", "flex", 2.0, whole)]
+    rows += [row("gpu-2", "flex", 0.1, whole, command="run 2")]  # not beside ours
+    rows += [row("gpu-mask", side, 1.0, whole, mask="pairs") for side in ("ours", "sdpa-additive")]
+    (tmp_path / "h200.jsonl").write_text("\n".join(rows))
+    grid = [row("forward-1", side, 1.0, forward) for side in ("ours", "sdpa-additive")]
+    grid += [row("backward-1", "ours", 1.0, whole), row("backward-1", "sdpa-causal", 0.25, whole)]
+    (tmp_path / "predecessors.jsonl").write_text("\n".join(grid))
+    assert tables.faster_peers(words)[2:] == [
+        f"| {whole} | dense causal SDPA | 2 of 3 | gpu-1 | 2.00 times |",
+        f"| {whole} | FlexAttention | 0 of 1 |  |  |",
+        "| bool masks, forward + backward | SDPA, mask and bias added up | 0 of 1 |  |  |",
+        "| predecessors' grids, forward | SDPA, mask and bias added up | 0 of 1 |  |  |",
+        "| predecessors' grids, backward | dense causal SDPA | 1 of 1 | backward-1 | 4.00 times |",
+    ]
 
 
 def test_table_of_equivalence(tmp_path, monkeypatch):
@@ -270,7 +302,7 @@ def test_tables_of_windows_and_of_decoding(tmp_path, monkeypatch):
         "versions": {"torch": "2.0", "triton": "3.0"},
         "commit": "abc",
         "command": "run 1",
-        "time": "2026-01-01T00:00:00",
+        "time": "2026-01-01T00:00:00+00:00",
     }
     rows = []
     names = ["gpu-a", "gpu-b", *(name for name in CASES if name.startswith("gpu-window-"))]
@@ -302,7 +334,8 @@ def test_tables_of_quality(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     monkeypatch.setattr(tables.table_parts, "is_stale", lambda row: False)
     words = tables.Words(Path("docs/quality.md"))
-    assert tables.quality_recall(words) == tables.quality_text(words) == ["no rows yet"]
+    recall, text = (tables.TABLES[f"quality-{name}"] for name in ("recall", "text"))
+    assert recall(words) == text(words) == ["no rows yet"]
 
     def row(case: str, kind: str, seed: int, **results: float) -> str:
         facts = {
@@ -310,12 +343,15 @@ def test_tables_of_quality(tmp_path, monkeypatch):
             "provider": kind,
             "seed": seed,
             "results": results,
+            "steps": 20,
             "train_samples": 1280,
+            "shape": {"batch": 64},
+            "curve": [[step, 8.0 / step] for step in range(1, 101)],
             "hardware": {"device": "cuda", "gpu": "G"},
             "versions": {"torch": "2.0", "triton": "3.0"},
             "commit": "abc",
             "command": "run 1",
-            "time": "2026-01-01T00:00:00",
+            "time": "2026-01-01T00:00:00+00:00",
         }
         return json.dumps(facts)
 
@@ -327,8 +363,8 @@ def test_tables_of_quality(tmp_path, monkeypatch):
         row("text-1", "window", 0, bits_per_byte=1.5, late_bits_per_byte=1.25),
     ]
     (tmp_path / "quality.jsonl").write_text("\n".join(rows))
-    lines = tables.quality_recall(words)
-    assert lines[2] == "| recall-1 | 1,280 | 2 | 0.625 (0.500 .. 0.750) |  | 0.250 |  |"
+    lines = recall(words)
+    assert lines[2] == "| recall-1 | 20 | 1,280 | 2 | 0.625 (0.500 .. 0.750) |  | 0.250 |  |"
     assert "commit abc, 2026-01-01: `run 1`" in lines[4] and len(lines) == 5
     lessons = [{"steps": 200, "batch": 64, "length": 32, "pairs": 16}]
     taught = json.loads(row("recall-2", "full", 0, accuracy=1.0)) | {"curriculum": lessons}
@@ -336,17 +372,62 @@ def test_tables_of_quality(tmp_path, monkeypatch):
     (tmp_path / "quality.jsonl").write_text(
         "\n".join([*rows, json.dumps(taught), json.dumps(more)])
     )
-    lines = tables.quality_recall(words)
+    lines = recall(words)
     assert "| 200 × 16 pairs in 32, 200 × 16 pairs in 32 | 0.500 |" in lines[4]
-    assert lines[2].startswith("| recall-1 | 1,280 | 2 | none | 0.625")
-    assert lines[3] == "| recall-2 | 1,280 | 1 | 200 × 16 pairs in 32 | 1.000 |  |  |  |"
+    assert lines[2].startswith("| recall-1 | 20 | 1,280 | 2 | none | 0.625")
+    assert lines[3] == "| recall-2 | 20 | 1,280 | 1 | 200 × 16 pairs in 32 | 1.000 |  |  |  |"
     (tmp_path / "quality.jsonl").write_text("\n".join(rows))
-    lines = tables.quality_text(words)
+    lines = text(words)
     assert [line for line in lines if line.startswith("| text-1")] == [
-        "| text-1 | 1,280 | 1 |  | 1.250 |  |  |",
-        "| text-1 | 1,280 | 1 |  | 1.500 |  |  |",
+        "| text-1 | 20 | 1,280 | 1 |  | 1.250 |  |  |",
+        "| text-1 | 20 | 1,280 | 1 |  | 1.500 |  |  |",
     ]
     assert sum("run 1" in line for line in lines) == 1
+
+    assert tables.figures(words, of="curve-") == [
+        "![Training loss, recall-1](figures/curve-recall-1-1.svg)",
+        "",
+        "![Training loss, text-1](figures/curve-text-1-1.svg)",
+    ]
+    assert tables.figures(words) == ["no rows yet"]
+    (tmp_path / "quality.jsonl").write_text("\n".join([*rows, json.dumps(taught)]))
+    higher = json.loads(rows[2]) | {"curve": [[step, 24.0 / step] for step in range(1, 101)]}
+    known = [json.loads(line) for line in rows] + [taught, more, higher]
+    drawn = tables.quality_tables.charts(known, "curve")
+    assert list(drawn) == [f"curve-{n}-1" for n in ("recall-1", "text-1")] + [
+        "curve-recall-2-1",
+        "curve-recall-2-2",
+    ]
+    lines = drawn["curve-recall-1-1"].lines
+    assert list(lines) == ["full attention", "dynamic mask, causal"]
+    assert len(lines["full attention"]) == 25 and lines["full attention"][-1] == (100, 0.16)
+    assert drawn["curve-recall-1-1"].notes[0] == "20 steps of 64, seeds 0, 1"
+
+
+def test_the_table_of_runs(tmp_path, monkeypatch):
+    """One line for every command, with the time of its last row; none if a row does not say."""
+    tables = load(ROOT / "scripts" / "tables.py")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    words = tables.Words(Path("docs/measurements.md"))
+    assert tables.runs(words) == ["no rows yet"]
+
+    def row(case: str, command: str, **more: float) -> str:
+        facts = {"hardware": {"device": "cuda", "gpu": "G"}, "commit": "abc", "command": command}
+        facts |= {"versions": {"torch": "2.0", "triton": "3.0"}, "time": "2026-01-01T00:00:00"}
+        return json.dumps({"case": case, "provider": "ours", **facts, **more})
+
+    rows = [
+        row("a", "old"),
+        row("a", "run", elapsed_seconds=3.0),
+        row("b", "run", elapsed_seconds=412.4),
+        row("c", "other", elapsed_seconds=9.0),
+        row("d", "other"),
+    ]
+    (tmp_path / "h200.jsonl").write_text("\n".join(rows))
+    assert tables.runs(words)[2:] == [
+        "| `run` | h200.jsonl | G | abc, 2026-01-01 | 2 | 412 s |",
+        "| `other` | h200.jsonl | G | abc, 2026-01-01 | 2 |  |",
+    ]
 
 
 def test_pictures_are_those_of_the_selections():

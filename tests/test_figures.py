@@ -18,6 +18,7 @@ FACTS = {
     "hardware": {"device": "cuda", "gpu": "G", "cpu": "C"},
     "versions": {"torch": "2.0"},
     "commit": "abc",
+    "time": "2026-01-01T00:00:00+00:00",
     "kernels": "0" * 12,
 }
 BASE = Case("base", "attention", 1, 4, 2, 4096, 64, 256, dtype="bfloat16", device="cuda")

@@ -11,7 +11,8 @@ from types import ModuleType
 
 import pytest
 
-from flash_sparse_attn.bench import equivalence, performance
+from flash_sparse_attn import info
+from flash_sparse_attn.bench import equivalence, performance, store
 from flash_sparse_attn.bench.cases import CASES
 from flash_sparse_attn.bench.providers import PROVIDERS
 
@@ -45,29 +46,31 @@ def test_jobs_name_what_exists(measure):
     assert len({job.name for job in measure.JOBS}) == len(measure.JOBS)
 
 
-def measured(measure) -> set[tuple[str, str]]:
-    """The cases and providers of all jobs of `bench`."""
-    found = set()
-    for job in measure.JOBS:
-        pairs = list(zip(job.arguments, job.arguments[1:], strict=False))
-        names = [value for option, value in pairs if option == "--case"]
-        sides = [value for option, value in pairs if option == "--provider"]
-        found |= {
-            (case, side) for name in names for case in fnmatch.filter(CASES, name) for side in sides
-        }
-    return found
-
-
-def test_every_figure_has_its_cases(measure):
-    found = measured(measure)
-    wanted = {(case, "ours") for case in CASES if case.startswith("gpu-")}
-    assert wanted <= found
-    for case in ("gpu-b", "gpu-c", "gpu-2048", "gpu-window-32", "gpu-decode-1m"):
-        assert (case, "sdpa-causal") in found
-    # What takes minutes is nobody's but ours.
-    assert not {(f"gpu-{name}", "sdpa-causal") for name in ("262144", "524288", "1m")} & found
+def test_the_rows_of_all_tables_have_a_job(measure):
+    """The tables of a GPU are one command without options, as a reader would give it."""
+    tables = next(job for job in measure.JOBS if job.name == "tables")
+    assert tables.arguments == ["-m", "flash_sparse_attn", "bench", "run"]
+    assert tables.rows == "h200.jsonl" and tables.seconds <= 600
     files = {job.rows for job in measure.JOBS} - {""}
     assert files == {"h200.jsonl", "predecessors.jsonl", "equivalence.jsonl", "quality.jsonl"}
+
+
+@pytest.mark.parametrize("given", ["0123456789abcdef0123456789abcdef01234567", "main", "0123"])
+def test_the_commit_of_copied_sources_is_that_of_all_rows(measure, given, tmp_path, monkeypatch):
+    monkeypatch.setenv(info.COMMIT, "")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    arguments = ["--out", str(tmp_path), "--commit", given]
+    if len(given) == 40:
+        assert measure.main(arguments) == 2  # no GPU, but the commit was taken
+        assert store.run_facts("cpu")["commit"] == given[:12]
+        code = "from flash_sparse_attn import info; print(info.commit())"
+        measure.Runner(tmp_path, 1).beside(
+            [measure.Job("says", ["-c", code], 1)], time.monotonic() + 60
+        )
+        assert f"\n{given[:12]}\n" in (tmp_path / "gpu-0.log").read_text()
+    else:
+        with pytest.raises(ValueError, match=f"expected a commit, 12 to 40 .* got '{given}'"):
+            measure.main(arguments)
 
 
 def test_what_matters_and_fits_is_run_longest_first(measure):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+import pickle
 import subprocess
 import sys
 import time
@@ -16,11 +18,12 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flash_sparse_attn.bench.console import Progress
-from flash_sparse_attn.bench.store import read_rows
+from flash_sparse_attn.bench.store import read_rows, run_facts
 from flash_sparse_attn.demo.model import ModelConfig, SmallModel
 from flash_sparse_attn.demo.text import next_byte_losses, read_corpus
 from flash_sparse_attn.demo.training import Training
 from flash_sparse_attn.quality import cli, figure
+from flash_sparse_attn.quality import run as quality_run
 from flash_sparse_attn.quality.language import CONFIG, language_task
 from flash_sparse_attn.quality.recall import make_sequences, recall_task
 from flash_sparse_attn.quality.run import compare, compile_kernels, curve, planned_steps, shortened
@@ -28,6 +31,7 @@ from flash_sparse_attn.quality.tasks import ATTENTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
+FACTS = run_facts("cpu")
 TINY = ModelConfig(
     tokens=256, classes=256, width=16, layers=1, heads=2, kv_heads=1, head_dim=8, window=6, recent=2
 )
@@ -174,7 +178,7 @@ def test_measuring_a_step_changes_nothing():
 
 @pytest.fixture(scope="module")
 def rows():
-    return list(compare(tiny_recall(), ATTENTIONS, 3, CPU, never(), None, {"commit": "abc"}))
+    return list(compare(tiny_recall(), ATTENTIONS, 3, CPU, never(), None, FACTS))
 
 
 def test_all_attentions_have_the_same_steps_and_first_weights(rows):
@@ -190,14 +194,14 @@ def test_all_attentions_have_the_same_steps_and_first_weights(rows):
 
 
 def test_a_row_can_be_repeated(rows):
-    compile_kernels(tiny_recall(), ["dynamic"], CPU)  # leaves no trace
-    (again,) = compare(tiny_recall(), ["dynamic"], 3, CPU, never(), rows[2]["steps"], {})
+    compile_kernels([tiny_recall()], ["dynamic"], CPU)  # leaves no trace
+    (again,) = compare(tiny_recall(), ["dynamic"], 3, CPU, never(), rows[2]["steps"], FACTS)
     assert (again["curve"], again["results"]) == (rows[2]["curve"], rows[2]["results"])
 
 
 def test_every_attention_has_the_same_lessons(rows):
     task = tiny_recall(curriculum=(2, 3), lesson_steps=4)
-    taught = list(compare(task, ATTENTIONS, 3, CPU, never(), None, {}))
+    taught = list(compare(task, ATTENTIONS, 3, CPU, never(), None, FACTS))
     assert [row["provider"] for row in taught] == list(ATTENTIONS)
     for row in taught:
         # Lessons are extra: as many steps of the whole task as without.
@@ -211,8 +215,23 @@ def test_every_attention_has_the_same_lessons(rows):
     first = {row["provider"]: row["curve"][0][1] for row in taught}
     assert first["window"] == pytest.approx(first["dynamic"], abs=1e-5)
     assert first["full"] != pytest.approx(rows[0]["curve"][0][1], abs=1e-3)
-    (again,) = compare(task, ["full"], 3, CPU, never(), 12, {})
+    (again,) = compare(task, ["full"], 3, CPU, never(), 12, FACTS)
     assert again["curve"] == taught[0]["curve"] and again["results"] == taught[0]["results"]
+
+
+def test_many_lengths_are_compiled_by_other_processes(monkeypatch):
+    """Every length with every attention, and what it calls can be sent there."""
+    sent = []
+    monkeypatch.setattr(quality_run, "call_all", lambda function, jobs: sent.extend(jobs))
+    task = tiny_recall(curriculum=(2, 3))
+    compile_kernels([tiny_recall()], ["full"], CPU)
+    assert not sent
+    compile_kernels([task], ["full", "shared"], CPU)
+    assert [(part.sequence, kind) for part, kind, _ in sent] == [
+        (sequence, kind) for sequence in (36, 6, 9) for kind in ("full", "shared")
+    ]
+    part, kind, device = pickle.loads(pickle.dumps(sent[-1]))
+    pickle.loads(pickle.dumps(quality_run.compile_one))(part, kind, device)
 
 
 def test_time_for_lessons_is_taken_off(monkeypatch):
@@ -226,7 +245,7 @@ def test_time_for_lessons_is_taken_off(monkeypatch):
 
     monkeypatch.setattr("flash_sparse_attn.quality.run.planned_steps", plan)
     for task in (tiny_recall(), tiny_recall(curriculum=(2,), lesson_steps=5)):
-        list(compare(task, ["full", "window"], 0, CPU, 100.0, None, {}))
+        list(compare(task, ["full", "window"], 0, CPU, 100.0, None, FACTS))
     assert seen == [100.0, 100.0 - 2 * 5 * 2.0]
 
 
@@ -251,6 +270,48 @@ def test_lessons_come_first_and_share_the_schedule():
     assert rates[1] == max(rates) and rates[-1] == min(rates)  # one warm-up, one decay
 
 
+def test_a_step_that_is_recorded_is_replayed(monkeypatch):
+    """With stand-ins for streams and graphs: the whole task and the lessons each have their own."""
+    log = []
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    class Graph:
+        def replay(self):
+            log.append(f"replay {self.name}")
+
+    def recording(graph):
+        graph.name = len([entry for entry in log if entry == "recorded"])
+        log.append("recorded")
+        return contextlib.nullcontext()
+
+    for name, stand_in in {
+        "Stream": Stream,
+        "current_stream": Stream,
+        "CUDAGraph": Graph,
+        "stream": lambda _: contextlib.nullcontext(),
+        "graph": recording,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    model = torch.nn.Linear(1, 1)
+
+    def loss(name):
+        return lambda _: log.append(name) or model(torch.ones(1)).sum()
+
+    lesson, broken = loss("lesson"), lambda _: (_ for _ in ()).throw(RuntimeError("no\nway"))
+    training = Training(model, loss("whole"))
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    assert quality_run._record(training, [lesson, broken]) == "no: no"
+    assert all(map(torch.equal, before, model.parameters()))
+    assert log == [*["whole"] * 3, "recorded", "whole", *["lesson"] * 3, "recorded", "lesson"]
+    log.clear()
+    with Progress("train", 3) as bar:
+        training.run(2, 1.0, bar, [(1, lesson)])
+    assert log == ["replay 1", "replay 0", "replay 0"]
+
+
 def test_the_plan_keeps_to_its_time():
     assert planned_steps(1000, 1e9, [1.0, 3.0], 10) == 1000
     steps = planned_steps(1000, 100.0, [1.0, 3.0], 6)
@@ -260,7 +321,7 @@ def test_the_plan_keeps_to_its_time():
 
 def test_what_was_shortened_is_said():
     late = time.perf_counter() - 1
-    (row,) = compare(tiny_recall(), ["full"], 0, CPU, late, None, {})
+    (row,) = compare(tiny_recall(), ["full"], 0, CPU, late, None, FACTS)
     assert (row["steps"], row["train_samples"], row["wanted_train_samples"]) == (1, 8, 96)
     (line,) = shortened([row])
     assert "recall-values-32-d16, seed 0: shortened to 8 of 96 training samples" in line

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 
@@ -65,8 +66,23 @@ def available_bytes() -> int | None:
         return None
 
 
+COMMIT = "FLASH_SPARSE_ATTN_COMMIT"
+"""The variable that names the commit of sources which were copied here without their history."""
+
+
 def commit() -> str:
-    """Commit of the source tree this package is imported from, ``+changes`` if it was edited."""
+    """Commit of the source tree this package is imported from, ``+changes`` if it was edited.
+
+    Raises:
+        ValueError: The variable `COMMIT` is set to something else than a commit.
+    """
+    if given := os.environ.get(COMMIT):
+        if not re.fullmatch(r"[0-9a-f]{12,40}", given):
+            raise ValueError(
+                f"{COMMIT}: expected a commit, 12 to 40 hexadecimal digits, got {given!r}; set it "
+                "to what git rev-parse HEAD prints where the sources were copied from"
+            )
+        return given[:12]
     folder = Path(__file__).resolve().parent
     if not (folder.parents[1] / ".git").exists():
         return "unknown"

@@ -49,3 +49,23 @@ def test_a_recorded_step_trains_like_a_launched_one(kind):
 def test_every_replay_draws_new_data(kind):
     found = losses(kind, True, TASK.loss, 0.0)
     assert len(set(found)) == len(found)
+
+
+@pytest.mark.parametrize("kind", ATTENTIONS)
+def test_lessons_and_the_whole_task_are_recorded_beside_each_other(kind):
+    """A graph for each, on one set of weights and one optimizer, in the order of the plan."""
+    task = recall_task(256, 64, pairs=64, window=32, curriculum=(16, 32), lesson_steps=4)
+    torch.manual_seed(0)
+    model = SmallModel(task.config, kind).cuda()
+    training = Training(model, lambda _: task.loss(model))
+    lessons = [(n, lambda _, lesson=lesson: lesson.loss(model)) for n, lesson in task.lessons()]
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    for loss in (None, *(loss for _, loss in lessons)):
+        training.record(loss)
+    assert all(map(torch.equal, before, model.parameters()))
+    with Progress(kind, 16) as bar:
+        losses = training.run(8, 3e-3, bar, lessons)
+    assert len(set(losses)) == 16 and max(losses) < 20
+    # They train the same weights: the first loss is above that of guessing, the last is not.
+    assert losses[-1] < losses[0]
+    assert not all(map(torch.equal, before, model.parameters()))

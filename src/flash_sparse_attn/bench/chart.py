@@ -27,6 +27,7 @@ class Chart:
         is_connected: Whether points of a name are joined.
         ceilings: Horizontal lines by name.
         bounds: Other dashed lines by name.
+        y_base: Of the powers that the vertical axis has.
     """
 
     title: str
@@ -39,13 +40,14 @@ class Chart:
     is_connected: bool = True
     ceilings: Mapping[str, float] = field(default_factory=dict)
     bounds: Mapping[str, Points] = field(default_factory=dict)
+    y_base: int = 10
 
     def svg(self) -> str:
         """The picture. Numbers are rounded to tenths, so that no last bit of a logarithm shows."""
         points = [p for line in (*self.lines.values(), *self.bounds.values()) for p in line]
         across = _Axis([x for x, _ in points], _LEFT, _WIDTH - _RIGHT - _LEGEND, 2)
         heights = [*(y for _, y in points), *self.ceilings.values()]
-        up = _Axis(heights, _HEIGHT - _BOTTOM, _TOP, 10)
+        up = _Axis(heights, _HEIGHT - _BOTTOM, _TOP, self.y_base)
         height = _HEIGHT + _LINE * len(self.notes)
         parts = [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" '

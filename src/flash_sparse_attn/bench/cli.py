@@ -11,12 +11,13 @@ from pathlib import Path
 from .. import info
 from . import results
 from .cases import CASES, Case
+from .compiling import compile_ahead
 from .console import Progress, first_lines, format_bytes, format_seconds, table
 from .machine import busy_note
 from .measure import take, verify_isolated
 from .providers import PROVIDERS, WrongResult
 from .roof import ceilings
-from .store import WHAT, Row, append_rows, make_row, run_facts
+from .store import WHAT, Row, append_rows, elapsed, make_row, run_facts
 from .yardsticks import verdicts
 
 
@@ -29,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--case",
         action="append",
         metavar="PATTERN",
-        help="names of cases, * allowed, repeatable; default: all cases of this device",
+        help="names of cases, * allowed, repeatable; default: all of this device, which on a GPU "
+        "are the rows of results/h200.jsonl",
     )
     run.add_argument(
         "--provider",
@@ -38,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="measure these instead of those a case names, repeatable",
     )
     run.add_argument("--out", type=Path, help="append the rows to this file as JSON lines")
-    run.add_argument("--repeats", type=int, default=7, help="repetitions at most (default 7)")
+    run.add_argument("--repeats", type=int, default=11, help="repetitions at most (default 11)")
     run.add_argument(
         "--warm-cache",
         action="store_true",
@@ -64,10 +66,12 @@ def _list(arguments: argparse.Namespace) -> int:
             case.dtype,
             f"{case.flops() / 1e9:.4g}" if case.mask in _KNOWN_WORK else "by the mask",
             format_bytes(case.min_bytes()),
+            ", ".join(case.providers),
         ]
         for case in CASES.values()
     ]
     header = ["name", "shape", "mask", "scores", "dtype", "useful GFLOP", "least traffic"]
+    header.append("providers")
     print("cases\n" + table(header, rows))
     print("\nproviders")
     for name, provider in PROVIDERS.items():
@@ -96,7 +100,9 @@ def _run(arguments: argparse.Namespace) -> int:
         for name in arguments.provider or case.providers
         if not (case.what == "selection" and PROVIDERS[name].dense)  # it selects nothing
     ]
+    jobs.sort(key=lambda job: job[1] == "flex")  # compiles longest: if time ends, that is missing
     facts = {case.device: run_facts(case.device) for case in cases}
+    compile_ahead(jobs)
     for device, shared in facts.items():
         shared["ceilings"] = ceilings(device)
     rows: list[Row] = []
@@ -113,6 +119,7 @@ def _run(arguments: argparse.Namespace) -> int:
                     append_rows(arguments.out, [result])
             bar.update(f"{case.name} {name}")
     print(report(rows, remarks, facts))
+    print(f"\n{max(map(elapsed, facts.values())):.0f} s")
     return 1 if remarks or not all(verdict.holds for verdict in verdicts(rows)) else 0
 
 

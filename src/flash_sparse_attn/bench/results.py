@@ -119,13 +119,12 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def last_of_each(rows: list[Row]) -> list[Row]:
-    """The last row of every case, provider, and training: its seed and its lessons."""
-    return list(
-        {
-            (row["case"], row["provider"], row.get("seed"), str(row.get("curriculum"))): row
-            for row in rows
-        }.values()
-    )
+    """The last row of every case, provider, what was done, and training: its seed and lessons."""
+    kept = {}
+    for row in rows:
+        what = row.get("what"), row.get("seed"), str(row.get("curriculum"))
+        kept[row["case"], row["provider"], what] = row
+    return list(kept.values())
 
 
 def _compare(arguments: argparse.Namespace) -> int:

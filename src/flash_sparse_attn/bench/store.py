@@ -62,6 +62,7 @@ def make_row(
         "errors_at": case.reduced().shape,
         "baselines": [name for name in case.providers if name != provider],
         **facts,
+        "elapsed_seconds": elapsed(facts),
         "versions": facts["versions"] | measured.get("versions", {}),
         "kernels": kernels_digest(backend_of(provider, case.device)),
     }
@@ -77,6 +78,12 @@ def run_facts(device: str) -> Row:
         "command": shlex.join(["python", *_program(), *_arguments()]),
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def elapsed(facts: Row) -> float:
+    """Seconds since `run_facts` was called, which is when a run begins."""
+    begin = datetime.datetime.fromisoformat(facts["time"])
+    return (datetime.datetime.now(datetime.timezone.utc) - begin).total_seconds()
 
 
 def _program() -> list[str]:

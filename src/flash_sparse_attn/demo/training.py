@@ -64,8 +64,7 @@ class Training:
             capturable=on_gpu,
             fused=on_gpu,
         )
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._recorded_loss = torch.zeros(())
+        self._recorded: dict[LossOfStep, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
     def run(
         self,
@@ -80,8 +79,7 @@ class Training:
             steps: Fixed number of steps.
             learning_rate: Highest rate.
             bar: Advanced by one at each step.
-            lessons: Numbers of steps and other losses that come before, in the same schedule; they
-                are launched, not replayed.
+            lessons: Numbers of steps and other losses that come before, in the same schedule.
         """
         plan = [loss for count, loss in lessons for _ in range(count)] + [None] * steps
         losses = torch.empty(len(plan), device=self.device)
@@ -94,11 +92,14 @@ class Training:
             bar.update(note)
         return losses.tolist()
 
-    def record(self) -> None:
+    def record(self, loss_of_step: LossOfStep | None = None) -> None:
         """Make one CUDA graph of a step, which all later ones replay; weights stay as they are.
 
         For losses that draw their data from the device's default generator and do the same work at
         every step.
+
+        Args:
+            loss_of_step: That of a lesson; default the training's own.
 
         Raises:
             RuntimeError: Something in the step cannot be recorded. Training goes on without.
@@ -108,12 +109,12 @@ class Training:
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(_PREPARING):
-                    self._step(0)
+                    self._step(0, loss_of_step)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                loss = self._step(0)
-        self._graph, self._recorded_loss = graph, loss
+                loss = self._step(0, loss_of_step)
+        self._recorded[loss_of_step or self.loss_of_step] = graph, loss
 
     def seconds_per_step(self, repeats: int = 5, loss_of_step: LossOfStep | None = None) -> float:
         """Time of a step, or one of a lesson, the first ones left out; weights stay as they are."""
@@ -127,10 +128,12 @@ class Training:
             return (time.perf_counter() - begin) / repeats
 
     def _step(self, step: int, lesson: LossOfStep | None = None) -> Tensor:
-        if lesson is None and self._graph is not None:
-            self._graph.replay()
-            return self._recorded_loss
-        loss = (lesson or self.loss_of_step)(step)
+        loss_of_step = lesson or self.loss_of_step
+        if loss_of_step in self._recorded:
+            graph, loss = self._recorded[loss_of_step]
+            graph.replay()
+            return loss
+        loss = loss_of_step(step)
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from .. import info
-from ..bench.console import Progress, table, write_whole
+from ..bench.console import table, write_whole
 from ..bench.store import Row, append_rows, read_rows, run_facts
 from ..demo.text import read_corpus
 from . import figure
@@ -94,10 +94,7 @@ def _run(tasks: Sequence[Task], options: argparse.Namespace) -> int:
     end = begin + 60 * options.minutes
     device, facts = torch.device(options.device), run_facts(options.device)
     if device.type == "cuda":
-        with Progress("compile", len(tasks)) as bar:
-            for task in tasks:
-                compile_kernels(task, options.kind, device)
-                bar.update(task.name)
+        compile_kernels(tasks, options.kind, device)
     jobs = list(itertools.product(tasks, options.seed))
     rows: list[Row] = []
     for number, (task, seed) in enumerate(jobs):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 
 import torch
 
+from ..bench.compiling import call_all
 from ..bench.console import Progress
-from ..bench.store import Row
+from ..bench.store import Row, elapsed
 from ..demo.model import SmallModel
 from ..demo.training import LossOfStep, Training
 from .tasks import Task
@@ -36,12 +37,29 @@ def planned_steps(
     return max(1, min(wanted, affordable))
 
 
-def compile_kernels(task: Task, kinds: Iterable[str], device: torch.device) -> None:
-    """Run every model once, so that compilation takes its time from no comparison in particular."""
-    for kind in kinds:
-        model = SmallModel(task.config, kind).to(device)
-        for part in (task, *(lesson for _, lesson in task.lessons())):
-            part.loss(model).backward()
+def compile_kernels(tasks: Sequence[Task], kinds: Iterable[str], device: torch.device) -> None:
+    """Run every model once, so that compilation takes its time from no comparison in particular.
+
+    Many lengths in several processes side by side, what is one length in this.
+    """
+    jobs = [
+        (part, kind, device)
+        for task in tasks
+        for part in (task, *(lesson for _, lesson in task.lessons()))
+        for kind in kinds
+    ]
+    if len({part.sequence for part, *_ in jobs}) > 1:
+        call_all(compile_one, jobs)
+        return
+    with Progress("compile", len(jobs)) as bar:
+        for job in jobs:
+            compile_one(*job)
+            bar.update()
+
+
+def compile_one(task: Task, kind: str, device: torch.device) -> None:
+    """One forward and backward pass."""
+    task.loss(SmallModel(task.config, kind).to(device)).backward()
 
 
 def compare(
@@ -67,26 +85,26 @@ def compare(
     Yields:
         A row for each attention, when it is done.
     """
-    prepared = [(kind, *_prepare(task, kind, seed, device)) for kind in kinds]
-    step_seconds = [training.seconds_per_step() for _, _, training, _ in prepared]
+    prepared = [_prepare(task, kind, seed, device) for kind in kinds]
+    step_seconds = [one.training.seconds_per_step() for one in prepared]
     if steps is None:
         test_batches = -(-task.test_samples // task.batch)
         taught = sum(
-            count * training.seconds_per_step(loss_of_step=loss)
-            for _, model, training, _ in prepared
-            for count, loss in _lessons(task, model)
+            count * one.training.seconds_per_step(loss_of_step=loss)
+            for one in prepared
+            for count, loss in one.lessons
         )
         left = deadline - time.perf_counter() - taught
         steps = planned_steps(task.steps, left, step_seconds, test_batches)
-    for (kind, model, training, recorded), seconds in zip(prepared, step_seconds, strict=True):
-        lessons = _lessons(task, model)
+    for one, seconds in zip(prepared, step_seconds, strict=True):
+        model, taught_steps = one.model, sum(count for count, _ in one.lessons)
         torch.manual_seed(seed)
-        with Progress(f"{task.name} {kind}", steps + sum(count for count, _ in lessons)) as bar:
-            losses = training.run(steps, task.learning_rate, bar, lessons)
+        with Progress(f"{task.name} {one.kind}", steps + taught_steps) as bar:
+            losses = one.training.run(steps, task.learning_rate, bar, one.lessons)
         torch.manual_seed(seed + _TEST_SEED)
         yield {
             "case": task.name,
-            "provider": kind,
+            "provider": one.kind,
             "what": "quality",
             "shape": _shape(task),
             "model": asdict(task.config),
@@ -102,8 +120,9 @@ def compare(
             "results": task.test(model),
             "curve": curve(losses),
             "step_seconds": seconds,
-            "recorded": recorded,
+            "recorded": one.recorded,
             **facts,
+            "elapsed_seconds": elapsed(facts),
         }
 
 
@@ -115,31 +134,48 @@ def curve(losses: list[float]) -> list[tuple[int, float]]:
     return [(end, sum(part) / len(part)) for end, part in zip(ends, parts, strict=True)]
 
 
-def _prepare(
-    task: Task, kind: str, seed: int, device: torch.device
-) -> tuple[SmallModel, Training, str]:
-    """A model with its first weights, its training, and whether its step is recorded."""
+@dataclass(frozen=True)
+class _Prepared:
+    """A model with its first weights, its training, and the steps and losses of its lessons.
+
+    Attributes:
+        recorded: Whether its steps are CUDA graphs: ``"yes"``, or why not.
+    """
+
+    kind: str
+    model: SmallModel
+    training: Training
+    lessons: list[tuple[int, LossOfStep]]
+    recorded: str
+
+
+def _prepare(task: Task, kind: str, seed: int, device: torch.device) -> _Prepared:
     torch.manual_seed(seed)
     shared_weights = SmallModel(task.config, "full").state_dict()
     model = SmallModel(task.config, kind)
     model.load_state_dict(shared_weights, strict=False)  # a dynamic mask has its scores besides
     model.to(device)
     training = Training(model, _loss_of_step(task, model))
-    if device.type != "cuda":
-        return model, training, "no"
-    try:
-        training.record()
-    except RuntimeError as error:
-        return model, training, f"no: {str(error).strip().splitlines()[0]}"
-    return model, training, "yes"
+    lessons = [(steps, _loss_of_step(lesson, model)) for steps, lesson in task.lessons()]
+    recorded = "no"
+    if device.type == "cuda":
+        recorded = _record(training, [loss for _, loss in lessons])
+    return _Prepared(kind, model, training, lessons, recorded)
+
+
+def _record(training: Training, lessons: Iterable[LossOfStep]) -> str:
+    """Record all steps that can be; ``"yes"`` or the first reason why one cannot."""
+    reason = "yes"
+    for loss in (None, *lessons):
+        try:
+            training.record(loss)
+        except RuntimeError as error:
+            reason = reason if reason != "yes" else f"no: {str(error).strip().splitlines()[0]}"
+    return reason
 
 
 def _loss_of_step(task: Task, model: SmallModel) -> LossOfStep:
     return lambda _: task.loss(model)
-
-
-def _lessons(task: Task, model: SmallModel) -> list[tuple[int, LossOfStep]]:
-    return [(steps, _loss_of_step(lesson, model)) for steps, lesson in task.lessons()]
 
 
 def _shape(task: Task) -> dict[str, int]:
