@@ -463,8 +463,7 @@ def run_grad_query(
         grad_query: ``[B, Q, H, D]``, contiguous, or ``None`` if it is not asked for.
         pairs: ``[B * Hkv, tiles, P, rows]`` for the gradient of the scores of each slot, or
             ``None``. Blocks of slots that a tile does not see are not written.
-        pair_grad: ``"head"`` if it has `block_m` rows for a tile, ``"group"`` if one for each
-            query, summed over the heads of a KV head.
+        pair_grad: ``"head"``: `block_m` rows of a tile; ``"group"``: of queries, summed over heads.
         tiles: Numbers of tiles, those of all epochs one after the other; default all.
     """
     query, key, value = saved.query, saved.key, saved.value
@@ -483,10 +482,10 @@ def run_grad_query(
             query, *sources, *runs, saved.out, *rest_arguments(saved.out, saved.out_rest),
             saved.grad_out, *saved.norm, saved.delta, grad_query, pairs, plan.slot_key,
             plan.slot_start, plan.slot_expiry, plan.visible, plan.entered, plan.epochs,
-            plan.slot_bits, lists, plan.mask, slots.bias, call.bias_tensor, *call.factors, call.softmax_scale,
-            query.shape[1], plan.key_len, plan.epoch_len, plan.num_epochs, plan.num_lists,
-            num_tiles, tiles.start, len(tiles), plan.old_slots, plan.num_slots, now.start,
-            *plan.row_strides(heads_kv), *query.stride()[:3], *key.stride()[:3],
+            plan.slot_bits, lists, plan.mask, slots.bias, call.bias_tensor, *call.factors,
+            call.softmax_scale, query.shape[1], plan.key_len, plan.epoch_len, plan.num_epochs,
+            plan.num_lists, num_tiles, tiles.start, len(tiles), plan.old_slots, plan.num_slots,
+            now.start, *plan.row_strides(heads_kv), *query.stride()[:3], *key.stride()[:3],
             *value.stride()[:3], *saved.grad_out.stride(), *call.bias_strides,
             *mask_strides(plan, heads_kv, group), HEADS_KV=heads_kv, GROUP=group, D=head_dim,
             SLOT_D=slot_dim(head_dim), BLOCK_D=padded_head_dim(head_dim), BLOCK_M=config.block_m,
@@ -495,7 +494,7 @@ def run_grad_query(
             WORDS=words_of_tile(config.block_m, group), **call.flags, PAIR_GRAD=pair_grad,
             NEEDS_QUERY=grad_query is not None, PACKED=plan.epochs is not None,
             ALIGNED=is_aligned(query), ALIGNED_KV=is_aligned(key, value),
-            GRAD_ALIGNED=is_aligned(saved.grad_out), TMA=uses_tma,
-            RUNS=runs[0] is not None, **config.options,
+            GRAD_ALIGNED=is_aligned(saved.grad_out), TMA=uses_tma, RUNS=bool(runs[0]),
+            **config.options,
         )  # fmt: skip
     return slots.bias if len(chunks) == 1 else None
