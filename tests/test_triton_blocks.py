@@ -173,12 +173,12 @@ def test_attention(name: str, plan_bytes: int, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("batch", "heads", "queries", "keys", "epoch", "parts"),
     [
-        (1, 2, 65536, 65536, 1024, 8),
+        (1, 2, 65536, 65536, 2048, 8),
         (1, 2, 1 << 20, 1 << 20, 1024, 1024),  # a 16th of the bytes of the queries
         (1, 4, 300, 300, 128, 1),
-        (1, 4, 4096, 65536, 512, 1),
+        (1, 4, 4096, 65536, 256, 1),
         (8, 64, 2048, 131072, 128, 16),  # one epoch of so many rows is more
-        (1, 1, 65536, 32768, 1024, 1),  # the first half of the queries sees nothing
+        (1, 1, 65536, 32768, 2048, 1),  # the first half of the queries sees nothing
     ],
 )
 def test_parts_have_few_bits(
