@@ -150,6 +150,7 @@ def test_results_repeat_bit_for_bit_in_any_order_of_a_list() -> None:
         assert all(torch.equal(first[name], again[name]) for name in first)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_no_wait_for_the_gpu_and_one_graph() -> None:
     case = CASES["blocks of 64, padding"]
     lists, visible, _ = lists_of(case)

@@ -67,8 +67,9 @@ class Pass:
         self.mask, self.bias, self.is_causal = mask, bias, is_causal
         self.call = Call(dim**-0.5, 0.0, None if bias is None else Bias.of(bias, heads, kv_heads))
         shape = None if mask is None else mask.shape
-        layout = MaskLayout.of(shape, length, length, heads, kv_heads, 1)
         reads_pairs = bias is not None and bias.shape[2] > 1
+        sizes = (length, length, heads, kv_heads, 1)
+        layout = MaskLayout.of(shape, *sizes, reads_pairs=reads_pairs)
         tiles = tiles_for(architecture_of(self.query.device), dim, reads_pairs)
         self.layout = layout.with_lists(tiles, heads // kv_heads, heads * length, for_backward=True)
 

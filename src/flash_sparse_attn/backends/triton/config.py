@@ -302,16 +302,21 @@ def epoch_length(kept: int, keep_recent: int) -> int:
     return min(MAX_EPOCH, max(128, 1 << (seen.bit_length() - 1)))
 
 
-def mask_epoch_length(query_len: int) -> int:
+def mask_epoch_length(query_len: int, reads_pairs: bool = False) -> int:
     """Queries of an epoch of a plan from a mask: a short list of keys, and not too many sums.
+
+    Half as many where a bias that depends on the query is gathered (`reads_pairs`).
 
     512, 1024, 2048 queries at 8192: backward of a sliding window 0.064, 0.071, 0.080, of documents
     0.060, 0.070, 0.072, forward the same. 1024, 2048, 4096 at 32768: backward of a sliding window
     0.214, 0.193, 0.185, of the best 1024 keys 0.342, 0.379, 0.453, forward 0.113, 0.116, 0.128.
-    Programs of dK/dV that find no slots grow with the square of the length over this.
+    Programs of dK/dV that find no slots grow with the square of the length over this. With a bias
+    of pairs for the best 1024 of 32768 keys, epochs of 256, 512, 1024: forward 0.324, 0.333, 0.347,
+    with planning 0.514, 0.509, 0.517, backward 1.431, 1.326, 1.334.
     """
     length = 1 << (query_len - 1).bit_length()
-    return min(MAX_EPOCH, max(128, min(1024, length // 16), length // 32))
+    longest = min(MAX_EPOCH, max(1024, length // 32))
+    return max(128, min(longest // 2 if reads_pairs else longest, length // 16))
 
 
 def dense_epoch_length(query_len: int, num_blocks: int, num_programs: int) -> int:

@@ -41,7 +41,8 @@ def _layout_of(
     reads_pairs: bool,
 ) -> MaskLayout:
     """The layout of a call with a bool mask, with the lists that its kernels are going to read."""
-    layout = MaskLayout.of(mask_shape, query_len, key_len, num_heads, heads_kv, batch)
+    heads = num_heads, heads_kv
+    layout = MaskLayout.of(mask_shape, query_len, key_len, *heads, batch, reads_pairs=reads_pairs)
     return layout.with_lists(
         tiles_for(architecture, head_dim, reads_pairs), num_heads // heads_kv,
         batch * query_len * num_heads, for_backward=for_backward,

@@ -57,8 +57,13 @@ class MaskLayout:
         batch: int,
         kind: str | None = None,
         epoch_len: int | None = None,
+        *,
+        reads_pairs: bool = False,
     ) -> MaskLayout:
-        """The layout of a call; `kind` and `epoch_len` are chosen unless they are given."""
+        """The layout of a call; `kind` and `epoch_len` are chosen unless they are given.
+
+        `reads_pairs`: whether it has a bias that depends on the query.
+        """
         batches, heads, queries, _ = mask_shape or (1, 1, 1, 1)
         row_heads = 1 if heads == 1 else heads_kv
         members = num_heads // heads_kv if heads == num_heads else 1
@@ -67,7 +72,7 @@ class MaskLayout:
             if mask_shape is not None and key_len > DIRECT_KEYS:
                 kind = "shown" if queries == 1 and members == 1 else "bits"
         if epoch_len is None and kind == "bits":
-            epoch_len = mask_epoch_length(query_len)
+            epoch_len = mask_epoch_length(query_len, reads_pairs)
         elif epoch_len is None:
             blocks, programs = batch * heads_kv * key_len // 64, DENSE_PROGRAMS
             if kind == "shown":
