@@ -1,7 +1,7 @@
 """Every kernel on small and odd shapes, for compute-sanitizer.
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=src compute-sanitizer --tool memcheck \
-        python tests/gpu/sanitize.py
+        python tests/gpu/sanitize.py [PART ...]
 
 Without the caching allocator every tensor is an allocation of its own, so that an access beyond its
 end is seen. ``--tool racecheck`` and ``--tool synccheck`` take the same program.
@@ -10,6 +10,7 @@ end is seen. ``--tool racecheck`` and ``--tool synccheck`` take the same program
 from __future__ import annotations
 
 import itertools
+import sys
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from flash_sparse_attn import (
     select_keys,
 )
 from flash_sparse_attn.backends.triton import masks as mask_plans
+from flash_sparse_attn.integrations.block_sparse import block_sparse_attention
 
 DTYPE = torch.bfloat16
 
@@ -81,6 +83,30 @@ def masks() -> None:
         step(flash_sparse_attn_func, *tensors, mask, bias, is_causal=True)
 
 
+def runs() -> None:
+    """Masks that show every epoch neighbouring keys, of which the last ones end a tensor."""
+    mask_plans.DIRECT_KEYS = 0
+    for dim, (queries, keys) in itertools.product((64, 128), ((70, 133), (300, 300), (40, 520))):
+        tensors = [draw(1, queries, 4, dim), draw(1, keys, 2, dim), draw(1, keys, 2, dim)]
+        position = torch.arange(queries, device="cuda")[:, None] + keys - queries
+        key = torch.arange(keys, device="cuda")
+        mask = ((key <= position) & (position < key + 90))[None, None]
+        step(flash_sparse_attn_func, *tensors, mask)
+        bias = draw(1, 2, 1, keys)
+        step(flash_sparse_attn_func, *tensors, mask, bias)
+        step(flash_sparse_attn_func, *tensors, mask, draw(1, 1, queries, keys))
+
+
+def block_lists() -> None:
+    """Lists with entries that name no block, and a last block that is cut."""
+    for heads, size in itertools.product((1, 2, 4), (1, 17, 64)):
+        tensors = [draw(2, 200, 4, 64), draw(2, 333, 2, 64), draw(2, 333, 2, 64)]
+        lists = torch.randint(-1, -(-333 // size), (2, heads, 200, 3), device="cuda")
+        visible = torch.rand(2, 1, 1, 333, device="cuda") > 0.2
+        out = block_sparse_attention(*tensors, lists, size, visible=visible)
+        torch.autograd.grad(out, tensors, torch.randn_like(out))
+
+
 def windows() -> None:
     """Prompts in pieces, single and several tokens, more than the window holds."""
     for dtype in (DTYPE, torch.float8_e4m3fn):
@@ -132,8 +158,13 @@ def long_selection() -> None:
         dynamic_mask_attn_func(query, key, key, scores, 64, backend="triton")
 
 
+PARTS = (
+    runs, block_lists, windows, full_caches, masks, selections, biases, packed, long_selection,
+)  # fmt: skip
+
 if __name__ == "__main__":
-    for part in (windows, full_caches, masks, selections, biases, packed, long_selection):
-        part()
-        torch.cuda.synchronize()
-        print(f"{part.__name__}: done", flush=True)
+    for part in PARTS:
+        if part.__name__ in (sys.argv[1:] or [part.__name__]):
+            part()
+            torch.cuda.synchronize()
+            print(f"{part.__name__}: done", flush=True)
