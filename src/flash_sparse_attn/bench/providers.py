@@ -188,8 +188,10 @@ def _select_flex(inputs: Inputs, window: int) -> Any:
 
 @cache
 def _compiled_flex() -> Callable[..., Tensor]:
+    from torch._functorch import config
     from torch.nn.attention.flex_attention import flex_attention
 
+    config.donated_buffer = False  # the backward pass is timed again and again over one graph
     # For the shapes as they are, and an error instead of the unfused form if that fails.
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
