@@ -67,15 +67,15 @@ def recall(name: str, lengths: list[str], widths: list[str]) -> Job:
 
 # Those that matter most first.
 JOBS = [
-    Job("tests", ["scripts/test.py", "--gpu", "--heavy", "-k", "not host_time", "-v"], 360),
+    Job("tests", ["scripts/test.py", "--gpu", "--heavy", "-k", "not host_time", "-v"], 310),
     # What the tables show, and nothing else.
-    Job("tables", ["-m", "flash_sparse_attn", "bench", "run"], 360, rows="h200.jsonl"),
-    script("forward grid", 150, "forward_performance", *GRID, rows="predecessors.jsonl"),
-    script("backward grid", 190, "backward_performance", *GRID, rows="predecessors.jsonl"),
+    Job("tables", ["-m", "flash_sparse_attn", "bench", "run"], 240, rows="h200.jsonl"),
+    script("forward grid", 65, "forward_performance", *GRID, rows="predecessors.jsonl"),
+    script("backward grid", 85, "backward_performance", *GRID, rows="predecessors.jsonl"),
     recall("recall", ["1024", "2048", "4096"], ["64"]),
     script("text", 240, "quality", *TEXT, rows="quality.jsonl"),
-    script("forward equivalence", 80, "forward_equivalence", *SAME, rows="equivalence.jsonl"),
-    script("backward equivalence", 120, "backward_equivalence", *SAME, rows="equivalence.jsonl"),
+    script("forward equivalence", 35, "forward_equivalence", *SAME, rows="equivalence.jsonl"),
+    script("backward equivalence", 45, "backward_equivalence", *SAME, rows="equivalence.jsonl"),
     script("gradient equivalence", 15, "grad_equivalence", rows="equivalence.jsonl"),
     recall("recall by width", ["1024"], ["32", "128", "256"]),
     Job("decoding", ["tests/gpu/time_decode.py"], 30),
@@ -84,7 +84,7 @@ JOBS = [
     Job("shared", ["tests/gpu/time_attention.py", "A", "B", "shared"], 30),
     Job("host time", ["scripts/test.py", "--gpu", "--heavy", *ALONE], 20, "alone"),
     Job("compilation", ["tests/gpu/time_compilation.py"], 35, "alone"),
-    Job("Transformers", ["tests/gpu/time_transformers.py"], 100, "alone"),
+    Job("Transformers", ["tests/gpu/time_transformers.py"], 115, "alone"),
     Job("demo", ["-m", "flash_sparse_attn", "demo", "--quick"], 40, "alone"),
     Job("ranks", [*RANKS, "tests/gpu/time_distributed.py"], 60, "together"),
     Job("tests of ranks", ["scripts/test.py", "--gpu", "-k", "several_gpus", "-v"], 60, "together"),
