@@ -100,6 +100,26 @@ def test_the_mask_of_topk_is_the_mask_of_the_definition_for_distinct_scores():
         assert torch.equal(*masks)
 
 
+@pytest.mark.parametrize("name", ["sdpa-additive", "sdpa-masked", "sdpa-causal"])
+def test_the_fastest_kernels_of_pytorch_come_first(name, monkeypatch):
+    """Whatever ran before: the usual order can be lost in a process, and the math comes early."""
+    orders = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def noted(*args, **options):
+        orders.append(torch._C._get_sdp_priority_order())
+        return attention(*args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+    usual = torch._C._get_sdp_priority_order()
+    providers._verified.cache_clear()
+    verify(TINY, name)
+    backend = torch.nn.attention.SDPBackend
+    first = (backend.CUDNN_ATTENTION, backend.FLASH_ATTENTION, backend.EFFICIENT_ATTENTION)
+    assert orders and all(order[:3] == [int(one) for one in first] for order in orders)
+    assert torch._C._get_sdp_priority_order() == usual
+
+
 @pytest.mark.parametrize("name", ["ours", "ours-eager", "sdpa-masked", "sdpa-causal", "reference"])
 def test_right_providers_pass_the_error_rule(name):
     errors = verify(TINY, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -41,13 +42,26 @@ def full_cache(inputs: Inputs) -> FullCache:
     return key, value
 
 
+def fastest_kernels() -> AbstractContextManager[Any]:
+    """PyTorch's own attention by the first of its kernels that serves a call; no effect on CPUs.
+
+    Everywhere, and not only where the usual order is another: PyTorch sets that when attention is
+    first called, and forgets it if that happens inside of such a context.
+    """
+    kernels = [
+        SDPBackend.CUDNN_ATTENTION,
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+        SDPBackend.MATH,
+    ]
+    return sdpa_kernel(kernels, set_priority=True)
+
+
 def attend_all(inputs: Inputs, cache: FullCache) -> Tensor:
     """Dense attention of the last token over the whole text."""
     key, value = cache
     query = inputs.query.transpose(1, 2)
-    # On GPUs the fastest of PyTorch's kernels; elsewhere the list has no effect.
-    kernels = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
-    with sdpa_kernel(kernels, set_priority=True):
+    with fastest_kernels():
         grouped = query.shape[1] != key.shape[1]
         out = F.scaled_dot_product_attention(query, key, value, enable_gqa=grouped)
     return out.transpose(1, 2)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import dispatch
 from ..attention import flash_sparse_attn_func
@@ -140,7 +139,8 @@ def _add_up(inputs: Inputs, bias: Tensor, mask: Tensor) -> Tensor:
 def _attend_additive(inputs: Inputs, bias: Tensor) -> Tensor:
     grouped = inputs.query.shape[2] != inputs.key.shape[2]
     query, key, value = (x.transpose(1, 2) for x in (inputs.query, inputs.key, inputs.value))
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, enable_gqa=grouped)
+    with decoding.fastest_kernels():
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, enable_gqa=grouped)
     return out.transpose(1, 2)
 
 
@@ -149,10 +149,8 @@ def _attend_causal(inputs: Inputs, cache: decoding.FullCache | None) -> Tensor:
         return decoding.attend_all(inputs, cache)
     grouped = inputs.query.shape[2] != inputs.key.shape[2]
     query, key, value = (x.transpose(1, 2) for x in (inputs.query, inputs.key, inputs.value))
-    # On GPUs the fastest of PyTorch's kernels; elsewhere the list has no effect.
-    kernels = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
     causal = query.shape[2] > 1  # one query is the last, and sees every key
-    with sdpa_kernel(kernels, set_priority=True):
+    with decoding.fastest_kernels():
         out = F.scaled_dot_product_attention(
             query, key, value, is_causal=causal, enable_gqa=grouped
         )
