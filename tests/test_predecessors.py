@@ -103,6 +103,17 @@ def test_a_given_mask_is_handed_over(environment, monkeypatch):
     assert found["visible_pairs"] == 2 * 8 and found["mask_seconds"] > 0
 
 
+def test_one_process_does_many_jobs_until_one_fails(environment, monkeypatch):
+    monkeypatch.setenv(predecessors.INTERPRETER, environment("flash_dmattn"))
+    job = {"case": measure.asdict(SMOKE), "provider": "flash-dmattn"}
+    assert predecessors.ask(job, keep=True)["errors"] == predecessors.ask(job, keep=True)["errors"]
+    started = predecessors._start.cache_info()
+    assert (started.hits, started.currsize) == (1, 1)
+    with pytest.raises(RuntimeError, match="KeyError: 'provider'"):
+        predecessors.ask({"case": job["case"]}, keep=True)
+    assert predecessors._start.cache_info().currsize == 0
+
+
 def test_an_old_or_missing_one_is_named(environment, monkeypatch):
     python = environment("flash_dmattn", version="1.1.0")
     monkeypatch.setenv(predecessors.INTERPRETER, python)

@@ -83,15 +83,13 @@ def verify_isolated(case: Case, provider: str) -> dict[str, float]:
 
 
 def _answer(job: dict[str, Any]) -> dict[str, Any]:
-    """The answer of `do` in a fresh process, which for predecessors is one of their environment."""
-    environment = dict(os.environ)
+    """The answer of `do` in another process, which for predecessors is one of their environment."""
     if PROVIDERS[job["provider"]].module:
-        command = predecessors.command()
-    else:
-        command = [sys.executable, "-m", "flash_sparse_attn.bench.measure"]
-        # The process finds this package even if only `sys.path` of this one leads to it.
-        paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        return predecessors.ask(job, keep=job["case"]["device"] == "cuda")
+    command = [sys.executable, "-m", "flash_sparse_attn.bench.measure"]
+    # The process finds this package even if only `sys.path` of this one leads to it.
+    paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     done = subprocess.run(
         command, input=json.dumps(job), capture_output=True, text=True, env=environment
     )
@@ -114,11 +112,16 @@ def take(case: Case, provider: str, **options: Any) -> dict[str, Any]:
     """
     if case.device != "cuda" or PROVIDERS[provider].module:
         return measure_isolated(case, provider, **options)
+    _forget()
+    return measure(case, PROVIDERS[provider], **options)
+
+
+def _forget() -> None:
+    """Let go of what the measurements before left in this process."""
     torch.compiler.reset()  # what was compiled for other shapes counts against a limit
     gc.collect()
     gc.freeze()  # or every later collection walks through all modules again, a tenth of a second
     torch.cuda.empty_cache()
-    return measure(case, PROVIDERS[provider], **options)
 
 
 def measure(
@@ -324,6 +327,8 @@ def do(job: dict[str, Any]) -> dict[str, Any]:
     """Measure what a job asks for; without a number of repeats, see whether it is right."""
     job["case"]["providers"] = tuple(job["case"]["providers"])
     case, name = Case(**job["case"]), job["provider"]
+    if case.device == "cuda":
+        _forget()
     if "repeats" in job:
         return measure(case, PROVIDERS[name], job["repeats"], **job["options"])
     try:

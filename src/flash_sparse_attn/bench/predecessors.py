@@ -7,15 +7,18 @@ imported by its own name.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import json
 import os
+import subprocess
 import sys
+import tempfile
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +30,7 @@ DISTRIBUTIONS = {"flash_sparse_attn": "flash-sparse-attn", "flash_dmattn": "flas
 """The distributions that are measured, by the name they are imported by."""
 _OLDEST = (1, 2, 1)  # the first with 4-D masks and biases of which single dimensions broadcast
 _HOSTED = "predecessors_host"
+_ANSWER = "answer: "  # before it on standard output, where their libraries may write too
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -53,6 +57,50 @@ def command() -> list[str]:
         raise RuntimeError(reason)
     # Isolated: neither PYTHONPATH nor the folder of this file may lead to this package by name.
     return [os.environ[INTERPRETER], "-I", str(Path(__file__).resolve())]
+
+
+def ask(job: dict[str, Any], keep: bool) -> dict[str, Any]:
+    """The answer of `measure.do` in their environment.
+
+    Args:
+        job: For `measure.do`.
+        keep: Whether the process does further jobs. To start one takes many times what is measured
+            on a GPU, where PyTorch counts the memory of each job; on a CPU the process is measured.
+
+    Raises:
+        RuntimeError: There is no such environment, or the job failed; the message says why.
+    """
+    process, errors = _start(tuple(command()))
+    assert process.stdin and process.stdout
+    try:
+        process.stdin.write(json.dumps(job) + "\n")
+        process.stdin.flush()
+    except BrokenPipeError:
+        pass  # it ended, and has no answer
+    answer: dict[str, Any] | None = None
+    for line in process.stdout:
+        if line.startswith(_ANSWER):
+            answer = json.loads(line.removeprefix(_ANSWER))
+            break
+    if answer is None or "failed" in answer or not keep:
+        _start.cache_clear()
+        process.communicate()
+        errors.seek(0)
+        tail = "\n".join(errors.read().strip().splitlines()[-3:])
+        errors.close()
+    if answer is None:
+        raise RuntimeError(f"{job['provider']} ended with status {process.returncode}: {tail}")
+    if "failed" in answer:
+        raise RuntimeError(answer["failed"])
+    return answer
+
+
+@functools.lru_cache(maxsize=1)
+def _start(program: tuple[str, ...]) -> tuple[subprocess.Popen[str], IO[str]]:
+    """A process that waits for jobs, and what it writes to its error output."""
+    errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - open as long as the process
+    pipe = subprocess.PIPE
+    return subprocess.Popen(program, stdin=pipe, stdout=pipe, stderr=errors, text=True), errors
 
 
 def attend(module: str) -> Callable[[Inputs, Tensor], Tensor]:
@@ -94,18 +142,27 @@ def version(module: str) -> str:
 
 
 def main() -> None:
-    """Do a job from standard input; the answer is the last line of standard output."""
+    """Do jobs, lines of standard input, until there are no more or one fails."""
     package = types.ModuleType(_HOSTED)
     package.__path__ = [str(_PACKAGE)]  # its __init__ would refuse to run beside a predecessor
     sys.modules[_HOSTED] = package
-    job = json.load(sys.stdin)
+    for line in sys.stdin:
+        try:
+            answer = _do(json.loads(line))
+        except Exception as error:  # after some of them a GPU is of no use to this process
+            print(_ANSWER + json.dumps({"failed": f"{type(error).__name__}: {error}"}), flush=True)
+            return
+        print(_ANSWER + json.dumps(answer), flush=True)
+
+
+def _do(job: dict[str, Any]) -> dict[str, Any]:
     module = {name: module for module, name in DISTRIBUTIONS.items()}[job["provider"]]
     versions = {DISTRIBUTIONS[module]: version(module)}
     measure = importlib.import_module(f"{_HOSTED}.bench.measure")
     info = importlib.import_module(f"{_HOSTED}.info")
     for name in ("python", "torch", "triton"):
         versions[name] = info.versions()[name]
-    print(json.dumps({**measure.do(job), "versions": versions}))
+    return {**measure.do(job), "versions": versions}
 
 
 if __name__ == "__main__":
