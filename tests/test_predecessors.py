@@ -149,3 +149,28 @@ def test_they_train_the_bias_and_build_a_mask():
     for module, name in predecessors.DISTRIBUTIONS.items():
         assert PROVIDERS[name].module == module and PROVIDERS[name].trains_bias
         assert PROVIDERS[name].extra_bytes(SMOKE) == 512 * 512
+
+
+def test_a_script_measures_those_that_are_installed(environment, monkeypatch, tmp_path, capsys):
+    python = environment("flash_dmattn")
+    site = next(Path(python).parents[1].glob("lib/python*/site-packages"))
+    for old in site.glob("flash_sparse_attn-*"):
+        (old / "METADATA").unlink()
+        old.rmdir()
+    monkeypatch.setenv(predecessors.INTERPRETER, python)
+    path = tmp_path / "rows.jsonl"
+    options = [
+        "--test-type",
+        "predecessors",
+        "--config",
+        "forward-infer-256-d64",
+        "--device",
+        "cpu",
+    ]
+    options += ["--runs", "1", "--warmup", "1", "--out", str(path)]
+    assert performance.main("", lambda *_: forward_performance(), options) == 0
+    assert [row["provider"] for row in store.read_rows(path)] == ["ours", "flash-dmattn"]
+    (site / "flash_dmattn-1.2.2.dist-info" / "METADATA").unlink()
+    (site / "flash_dmattn-1.2.2.dist-info").rmdir()
+    assert performance.main("", lambda *_: forward_performance(), options) == 2
+    assert "has no flash-sparse-attn or flash-dmattn" in capsys.readouterr().out

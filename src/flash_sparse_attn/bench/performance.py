@@ -74,6 +74,9 @@ def main(
     if missing := _missing(names):
         print(f"--test-type {options.test_type}: {missing}")
         return 2
+    if any(PROVIDERS[name].module for name in names):
+        absent = set(predecessors.DISTRIBUTIONS.values()) - set(predecessors.installed())
+        names = tuple(name for name in names if name not in absent)
     facts = run_facts(options.device)
     deadline = Deadline(options.seconds)
     rows: list[Row] = []
@@ -108,6 +111,9 @@ def _missing(names: tuple[str, ...]) -> str | None:
     for name in names:
         if PROVIDERS[name].module and (reason := predecessors.missing()):
             return reason
+        if PROVIDERS[name].module and not predecessors.installed():
+            wanted = " or ".join(predecessors.DISTRIBUTIONS.values())
+            return f"the environment of {predecessors.command()[0]} has no {wanted}"
         backend = name.removeprefix("ours-")
         if name.startswith("ours-") and reasons[backend]:
             return f"backend {backend!r} is not available: {'; '.join(reasons[backend])}"

@@ -59,6 +59,18 @@ def command() -> list[str]:
     return [os.environ[INTERPRETER], "-I", str(Path(__file__).resolve())]
 
 
+def installed() -> list[str]:
+    """Which of `DISTRIBUTIONS` their environment has.
+
+    Raises:
+        RuntimeError: There is no such environment.
+    """
+    program = "import importlib.metadata as m; print(*(one.name for one in m.distributions()))"
+    python = command()[0]
+    done = subprocess.run([python, "-I", "-c", program], capture_output=True, text=True, check=True)
+    return [name for name in DISTRIBUTIONS.values() if name in done.stdout.split()]
+
+
 def ask(job: dict[str, Any], keep: bool) -> dict[str, Any]:
     """The answer of `measure.do` in their environment.
 
