@@ -174,10 +174,7 @@ def plan_blocks(
     """
 
     def run() -> list[Tensor | None]:
-        tensors = [
-            torch.empty(shape, dtype=dtype, device=block_indices.device) if shape != (0,) else None
-            for shape, dtype in layout.shapes(for_backward)
-        ]
+        tensors = layout.empty(block_indices.device, for_backward)
         plan = Plan.of(tensors, layout.sizes, not is_causal)
         _fill(plan, block_indices, visible, block_size, layout, is_causal)
         return tensors
