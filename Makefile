@@ -15,7 +15,7 @@ help:
 	@echo "make test-all  the same with the heavy tests"
 	@echo "make test-gpu  the tests that need a GPU, in several processes"
 	@echo "make lint      ruff and mypy only"
-	@echo "make bench     run the benchmarks"
+	@echo "make bench     run the benchmarks: the rows of the tables of this device"
 	@echo "make docs      build the documentation into docs/_build; every warning is an error"
 	@echo "make clean     remove the environments and all caches"
 	@echo "settings: PYTHON=python3.12  NO_VENV=1  TORCH_SPEC='torch==2.9.1'  ARGS='...'"
@@ -36,7 +36,7 @@ lint: python
 	$(IN_TEST) scripts/test.py --lint-only
 
 bench: python
-	$(IN_DEMO) -m flash_sparse_attn bench $(ARGS)
+	$(IN_DEMO) -m flash_sparse_attn bench run $(ARGS)
 
 docs: python
 	$(IN_DOCS) -m sphinx -W --keep-going -q -b html docs docs/_build $(ARGS)

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -344,6 +345,72 @@ def test_on_a_gpu_calls_in_rotation_are_one_graph(monkeypatch):
     assert seconds == [24e-3 / 12] * 2 and how == timing.REPLAYS
 
 
+@pytest.mark.parametrize("cold", [True, False])
+def test_starting_a_graph_is_no_part_of_a_call(cold, monkeypatch):
+    """With stand-ins for events and graphs: what is recorded, and what is left of its time."""
+    log, results = [], []
+
+    class Event:
+        now = 0.0  # milliseconds
+
+        def __init__(self, **_):
+            pass
+
+        def record(self):
+            self.time = Event.now
+
+        def elapsed_time(self, end):
+            return end.time - self.time
+
+    class Graph:
+        def replay(self):
+            Event.now += 0.01 + sum(self.steps)  # what starting it takes
+
+    @contextlib.contextmanager
+    def record(graph):
+        log.clear()
+        yield
+        graph.steps = list(log)
+
+    def call():
+        assert all(result() is None for result in results)  # its memory is free for this one
+        log.append(0.07)
+        result = torch.ones(3)
+        results.append(weakref.ref(result))
+        return result
+
+    for name, stand_in in {"Event": Event, "CUDAGraph": Graph, "graph": record}.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    clock = timing.Clock("cuda", cold=False)
+    if cold:
+        clock._cold = torch.ones(3)
+        monkeypatch.setattr(timing.Clock, "empty_cache", lambda self: log.append(0.06))
+    played = timing.player(call, clock, calls=5)
+    assert played.timing == timing.REPLAYS and played.result is results[-1]() and len(results) == 5
+    # Nothing can be taken from a graph without emptying, but it holds many calls.
+    expected = 0.07 if cold else 0.07 + 0.01 / 5
+    assert [played.seconds() for _ in range(2)] == pytest.approx([expected / 1e3] * 2)
+
+
+def test_short_calls_share_a_graph():
+    """Starting one takes some 4 µs: less than a hundredth of what a graph of calls takes."""
+    for seconds in (1e-4, 1e-3, 1.9e-3, 2e-3, 1.0):
+        assert seconds * timing.calls_in_a_graph(seconds) > 100 * 4e-6
+    assert timing.calls_in_a_graph(1.0) == 1  # nor does one take much longer than a call
+
+
+def test_what_no_graph_can_hold_is_timed_as_a_call(monkeypatch):
+    def record(graph):
+        raise RuntimeError("it copies to the host")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    played = timing.player(lambda: "result", timing.Clock("cpu"), calls=5)
+    assert (played.result, played.timing) == ("result", "calls") and played.seconds() > 0
+
+
 def test_only_gpus_are_measured_in_this_process(monkeypatch):
     monkeypatch.setattr(measure, "measure_isolated", lambda case, name, **_: "in another")
     monkeypatch.setattr(measure, "measure", lambda case, provider, **_: "in this")
@@ -425,8 +492,13 @@ def test_the_parts_that_are_timed_on_a_gpu(changes, provider, parts, monkeypatch
         def elapsed_time(self, end):
             return 1e3 * (end.time - self.time)
 
-    player = timing.player
-    monkeypatch.setattr(measure, "player", lambda function, captures=True: player(function, False))
+    asked = []
+
+    def player(function, clock, calls, captures):
+        asked.append((calls, captures))
+        return timing.player(function, clock, captures=False)
+
+    monkeypatch.setattr(measure, "player", player)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     case = replace(TINY, **changes)
@@ -435,6 +507,9 @@ def test_the_parts_that_are_timed_on_a_gpu(changes, provider, parts, monkeypatch
     found = measure._measure_graphs(case, PROVIDERS[provider], inputs, 3, 9.0, 2, clock)
     assert list(found["seconds"]) == [*parts, "total"]
     assert list(found["timing"]) == parts and found["repeats"] == 3
+    # No graph of a backward pass without one of the forward pass.
+    assert [captures for _, captures in asked] == [part != "backward" for part in parts]
+    assert {calls for calls, _ in asked} <= {timing.calls_in_a_graph(0.0), 1}
     assert {*found["host_seconds"]} >= {*parts, "total"}
     assert all(seconds > 0 for seconds in found["host_seconds"].values())
 

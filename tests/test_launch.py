@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import SimpleNamespace
 
@@ -26,10 +27,14 @@ class FakeKernel:
 
     def __init__(self):
         self.handled = self.compiled = 0
-        self.asked = []  # how many had been started when one was to be compiled
+        self.asked = []  # how many had been started when one was to be compiled,
+        self.modes = []  # and the mode of Triton then
 
     def warmup(self, *args, grid, **constants):
+        from triton.runtime._async_compile import active_mode
+
         self.asked.append(self.handled)
+        self.modes.append(active_mode.get())
 
     def __getitem__(self, grid):
         def run(left, right, out, size, SCALE, num_warps=4):
@@ -182,6 +187,20 @@ def test_kernels_of_a_first_call_are_compiled_together(kernel):
         out, _ = call(kernel, left, right)
         torch.testing.assert_close(out, 4 * left + 6 * right)
     assert kernel.asked == [0, 0]
+
+
+def test_a_caller_who_compiles_side_by_side_goes_on_to(kernel):
+    """In the caller's way: Triton knows one at a time."""
+    from triton.runtime._async_compile import AsyncCompileMode, active_mode
+
+    left, right = torch.randn(8), torch.randn(8)
+    with ThreadPoolExecutor(1) as pool, AsyncCompileMode(pool) as mode:
+        out, _ = call(kernel, left, right)
+        assert active_mode.get() is mode
+    torch.testing.assert_close(out, 4 * left + 6 * right)
+    assert kernel.asked == [0, 0] and kernel.modes == [mode, mode]
+    call(kernel, left, right, key="other")
+    assert active_mode.get() is None and not {mode, None} & set(kernel.modes[2:])
 
 
 def test_operators_see_what_was_launched_before_them(kernel):

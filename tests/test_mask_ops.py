@@ -10,9 +10,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flash_sparse_attn import dispatch
 from flash_sparse_attn.backends import sdpa
-from flash_sparse_attn.backends.triton import mask_ops, ops
+from flash_sparse_attn.backends.triton import mask_ops, ops, plan_mask
 from flash_sparse_attn.backends.triton.config import DIRECT_KEYS
 from flash_sparse_attn.backends.triton.masks import MaskLayout
+from flash_sparse_attn.plan import Plan
 from flash_sparse_attn.problem import Problem
 from flash_sparse_attn.varlen import PackedSequences
 
@@ -91,6 +92,32 @@ def test_a_compiler_sees_one_operator_of_planning(dynamic):
     (graph,) = graphs
     called = [node.target for node in graph.graph.nodes if node.op == "call_function"]
     assert torch.ops.flash_sparse_attn.plan_mask in called
+
+
+@pytest.mark.parametrize("bias_shape", [None, (1, 1, 500, LONG)])
+def test_sizes_are_worked_out_once(bias_shape, monkeypatch):
+    """Where no compiler sees the call; they are those that the operator finds."""
+    asked, layouts = [], []
+
+    def ask(*args, of=MaskLayout.of, **options):
+        asked.append(args)
+        return of(*args, **options)
+
+    def plan(mask, layout, **options):
+        layouts.append(layout)
+        return Plan.of([], [0] * 4, False)
+
+    monkeypatch.setattr(MaskLayout, "of", ask)
+    monkeypatch.setattr(plan_mask, "plan_mask", plan)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
+    shape = (1, 1, 500, LONG)
+    sizes = {"query_len": 500, "key_len": LONG, "mask_shape": shape, "bias_shape": bias_shape}
+    mask = torch.ones(shape, dtype=torch.bool)
+    mask_ops.plan_of(replace(PLAIN, device=mask.device, **sizes), mask)
+    assert len(asked) == 1
+    call = (500, LONG, 4, 2, 2, True, True, "sm_80", 64, bias_shape is not None)
+    mask_ops._plan_mask(mask, *call)
+    assert layouts[0] == layouts[1] and layouts[0].lists
 
 
 def test_packed_sequences_are_epochs():

@@ -193,7 +193,7 @@ class DynamicMaskAttention(nn.Module):
                 if cache is not None:
                     position_ids = cache.seen_tokens[:, None] + position_ids
             position_ids = _fit_positions(position_ids, hidden_states)
-            query, key = (_rotate(x, position_ids, self.rope_theta) for x in (query, key))
+            query, key = (rotate(x, position_ids, self.rope_theta) for x in (query, key))
         query, key = query.to(value.dtype), key.to(value.dtype)
         scores = self.scores(hidden_states)
 
@@ -363,7 +363,7 @@ def _fit_positions(position_ids: Tensor, hidden_states: Tensor) -> Tensor:
     )
 
 
-def _rotate(x: Tensor, position: Tensor, theta: float) -> Tensor:
+def rotate(x: Tensor, position: Tensor, theta: float) -> Tensor:
     """Rotary embedding of ``[..., S, heads, D]`` in fp32; dimensions ``d``, ``d + D / 2`` pair."""
     half = x.shape[-1] // 2
     frequency = theta ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)

@@ -3,8 +3,8 @@
     PYTHONPATH=src python tests/gpu/time_attention.py [shape ...] [--patterns] [--baseline]
         [--epochs L ...]
 
-Shapes are named below; default A and B. Times are milliseconds of device time: CUDA-graph replays
-with a cold L2, measured as a graph of flushes and calls less the same graph of flushes alone.
+Shapes are named below; default A and B. Times are milliseconds of device time with a cold L2, taken
+as those of the tables, see `bench.timing.player`.
 Forward includes its copies and the log-sum-exp, backward everything that it launches.
 ``--patterns`` times all patterns of scores, ``--baseline`` dense causal attention of PyTorch too,
 ``--epochs`` plans with these lengths of epochs instead of the usual one.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ from flash_sparse_attn.backends.triton.backward import Needs, backward
 from flash_sparse_attn.backends.triton.forward import forward
 from flash_sparse_attn.backends.triton.inputs import Bias, Call
 from flash_sparse_attn.backends.triton.plan import build_plan
+from flash_sparse_attn.bench.timing import REPLAYS, Clock, player
 
 
 @dataclass(frozen=True)
@@ -64,31 +66,11 @@ SHAPES = {
 
 def device_time(function: Callable[[], Any], calls: int = 8, replays: int = 9) -> float:
     """Milliseconds of one call with a cold L2."""
-    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        function()
-    torch.cuda.current_stream().wait_stream(stream)
-
-    def median(with_calls: bool) -> float:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(calls):
-                flush.zero_()
-                if with_calls:
-                    function()
-        times = []
-        for _ in range(replays + 1):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            graph.replay()
-            end.record()
-            torch.cuda.synchronize()
-            times.append(begin.elapsed_time(end))
-        return sorted(times[1:])[replays // 2]
-
-    return (median(True) - median(False)) / calls
+    function()
+    played = player(function, Clock("cuda"), calls)
+    if played.timing != REPLAYS:
+        raise AssertionError("expected a call that a CUDA graph can hold")
+    return 1e3 * statistics.median(played.seconds() for _ in range(replays))
 
 
 class Pass:

@@ -57,14 +57,17 @@ def fastest_kernels() -> AbstractContextManager[Any]:
     return sdpa_kernel(kernels, set_priority=True)
 
 
+def sdpa(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    """PyTorch's own attention of tensors ``[B, heads, S, D]``, to ``out [B, Q, H, D]``."""
+    grouped = query.shape[1] != key.shape[1]
+    with fastest_kernels():
+        out = F.scaled_dot_product_attention(query, key, value, enable_gqa=grouped, **options)
+    return out.transpose(1, 2)
+
+
 def attend_all(inputs: Inputs, cache: FullCache) -> Tensor:
     """Dense attention of the last token over the whole text."""
-    key, value = cache
-    query = inputs.query.transpose(1, 2)
-    with fastest_kernels():
-        grouped = query.shape[1] != key.shape[1]
-        out = F.scaled_dot_product_attention(query, key, value, enable_gqa=grouped)
-    return out.transpose(1, 2)
+    return sdpa(inputs.query.transpose(1, 2), *cache)
 
 
 def cache_bytes(cache: Any) -> int:

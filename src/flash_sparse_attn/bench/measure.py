@@ -21,7 +21,7 @@ from . import decoding, predecessors
 from .cases import Case, Inputs, make_inputs, make_mask
 from .machine import OtherLoad, PeakMemory
 from .providers import PROVIDERS, Provider, WrongResult, verify, visible_pairs
-from .timing import REPLAYS, Clock, player, rotation_seconds
+from .timing import REPLAYS, Clock, Player, calls_in_a_graph, player, rotation_seconds
 
 _SLOW_SECONDS = 20.0
 _ROTATION = 4  # times the L2 cache that caches in rotation take together, at least
@@ -200,10 +200,7 @@ def _measure_steps(
         host = []
         for _ in range(repeats):
             torch.cuda.synchronize()
-            clock.start()
-            calls[0]()
-            clock.mark()
-            host += clock.seconds()
+            host.append(clock.time(calls[0]))
         about["host_seconds"] = dict.fromkeys(("forward", "total"), statistics.median(host))
     seconds, timing = rotation_seconds(calls, case.device, repeats, warmup)
     if not on_gpu:
@@ -232,13 +229,12 @@ def _run(case: Case, provider: Provider, inputs: Inputs, clock: Clock) -> dict[s
 
 def _about_mask(case: Case, inputs: Inputs, clock: Clock) -> dict[str, Any]:
     """What making the bool mask costs, which all sides are given, and what it shows."""
-    clock.start()
-    make_mask(case, inputs.scores if inputs.scores.dim() == 3 else inputs.scores[:, :, 0])
-    clock.mark()
+    scores = inputs.scores if inputs.scores.dim() == 3 else inputs.scores[:, :, 0]
+    seconds = clock.time(partial(make_mask, case, scores))
     visible = visible_pairs(inputs, case.window)
     spread = case.batch * case.heads // (visible.shape[0] * visible.shape[1])
     pairs = sum(int(rows.sum()) for rows in visible.split(1024, dim=2))
-    return {"mask_seconds": clock.seconds()[0], "visible_pairs": pairs * spread}
+    return {"mask_seconds": seconds, "visible_pairs": pairs * spread}
 
 
 def _measure_graphs(
@@ -263,41 +259,36 @@ def _measure_graphs(
 
     leaves = provider.leaves(inputs)
     memory = PeakMemory(case.device)
+    once = _run(case, provider, inputs, clock)
+    peak = memory.peak()
     mask: Any = select()
     builds = not provider.dense and mask is not inputs.mask
-    out: Any = None if case.what == "selection" else provider.attend(inputs, mask)
-    if case.what == "attention":
-        torch.autograd.grad(out, leaves, inputs.grad_out)
-    peak = memory.peak()
-    out = None
     if builds:
         mask = None
     host = _host_seconds(case, provider, inputs, repeats, budget_seconds / 4)
 
-    parts: dict[str, Callable[[], Any]] = {}
-    timing = {}
+    def play(part: str, function: Callable[[], Any], captures: bool = True) -> Any:
+        parts[part] = player(function, clock, calls_in_a_graph(once[part]), captures)
+        return parts[part].result
+
+    parts: dict[str, Player] = {}
     if builds:
-        parts["selection"], mask, timing["selection"] = player(select)
+        mask = play("selection", select)
     if case.what != "selection":
-        parts["forward"], out, timing["forward"] = player(lambda: provider.attend(inputs, mask))
+        out = play("forward", lambda: provider.attend(inputs, mask))
     if case.what == "attention":
         # A graph of the backward pass needs the forward pass of a graph, on the same stream.
-        captures = timing["forward"] == REPLAYS
-        parts["backward"], _, timing["backward"] = player(backward, captures)
+        play("backward", backward, parts["forward"].timing == REPLAYS)
 
     runs: list[dict[str, float]] = []
     begin = time.perf_counter()
     for number in range(warmup + repeats):
-        run = {}
-        for name, play in parts.items():
-            clock.start()
-            play()
-            clock.mark()
-            run[name] = clock.seconds()[0]
+        run = {part: played.seconds() for part, played in parts.items()}
         if number >= warmup:
             runs.append({**run, "total": sum(run.values())})
             if time.perf_counter() - begin > budget_seconds:
                 break
+    timing = {part: played.timing for part, played in parts.items()}
     about = {"timing": timing, "host_seconds": host, "peak_bytes": peak}
     return {**_summary(runs), "warm": True, **about}
 

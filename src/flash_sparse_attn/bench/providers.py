@@ -8,7 +8,6 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch
@@ -137,24 +136,19 @@ def _add_up(inputs: Inputs, bias: Tensor, mask: Tensor) -> Tensor:
 
 
 def _attend_additive(inputs: Inputs, bias: Tensor) -> Tensor:
-    grouped = inputs.query.shape[2] != inputs.key.shape[2]
-    query, key, value = (x.transpose(1, 2) for x in (inputs.query, inputs.key, inputs.value))
-    with decoding.fastest_kernels():
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, enable_gqa=grouped)
-    return out.transpose(1, 2)
+    return _sdpa(inputs, attn_mask=bias)
 
 
 def _attend_causal(inputs: Inputs, cache: decoding.FullCache | None) -> Tensor:
     if cache is not None:
         return decoding.attend_all(inputs, cache)
-    grouped = inputs.query.shape[2] != inputs.key.shape[2]
-    query, key, value = (x.transpose(1, 2) for x in (inputs.query, inputs.key, inputs.value))
-    causal = query.shape[2] > 1  # one query is the last, and sees every key
-    with decoding.fastest_kernels():
-        out = F.scaled_dot_product_attention(
-            query, key, value, is_causal=causal, enable_gqa=grouped
-        )
-    return out.transpose(1, 2)
+    # One query is the last, and sees every key.
+    return _sdpa(inputs, is_causal=inputs.query.shape[1] > 1)
+
+
+def _sdpa(inputs: Inputs, **options: Any) -> Tensor:
+    heads_first = (x.transpose(1, 2) for x in (inputs.query, inputs.key, inputs.value))
+    return decoding.sdpa(*heads_first, **options)
 
 
 def _select_flex(inputs: Inputs, window: int) -> Any:

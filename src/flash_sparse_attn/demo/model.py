@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attention import flash_sparse_attn_func
-from ..nn import DynamicMaskAttention
+from ..nn import DynamicMaskAttention, rotate
 from ..selection import select_keys
 from ..window_cache import WindowCache
 
@@ -76,7 +76,7 @@ class PlainAttention(nn.Module):
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         position = torch.arange(hidden.shape[1], device=hidden.device)
-        query, key = (_rotate(x, position).to(value.dtype) for x in (query, key))
+        query, key = (rotate(x, position, ROPE_THETA).to(value.dtype) for x in (query, key))
         if self.window is None:
             query, key, value = (x.transpose(1, 2) for x in (query, key, value))
             grouped = query.shape[1] != key.shape[1]
@@ -186,13 +186,3 @@ def _attention(config: ModelConfig, kind: str) -> nn.Module:
             rope_theta=ROPE_THETA,
         )
     return PlainAttention(config, config.window if kind == "window" else None)
-
-
-def _rotate(x: Tensor, position: Tensor) -> Tensor:
-    """Rotary embedding of ``[B, S, heads, D]``; dimensions ``d`` and ``d + D / 2`` are a pair."""
-    half = x.shape[-1] // 2
-    frequency = ROPE_THETA ** (-torch.arange(half, device=x.device) / half)
-    angle = position[:, None, None] * frequency
-    first, second = x.float().split(half, dim=-1)
-    cos, sin = angle.cos(), angle.sin()
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..bench.console import Progress, paragraph, table
+from ..bench.console import paragraph, table
 from ..selection import select_keys
 from .model import KINDS, ModelConfig, SmallModel, precision
-from .training import train
+from .training import LossOfStep, train_kinds
 
 PAIRS, SYMBOLS, NOISE = 8, 16, 64
 
@@ -103,23 +103,13 @@ def make_sequences(
 def run(settings: RecallSettings, device: torch.device) -> dict[str, Any]:
     """Train the three models and test them; see `describe` for what is printed."""
     results: dict[str, Any] = {"settings": settings, "models": {}}
-    for kind, name in KINDS.items():
-        torch.manual_seed(settings.seed)
-        model = SmallModel(settings.config, kind).to(device)
-        generator = torch.Generator().manual_seed(settings.seed)
-        with Progress(f"train {name}", settings.steps) as bar:
-            losses = train(
-                model,
-                partial(_training_loss, model, settings, generator),
-                settings.steps,
-                settings.learning_rate,
-                bar,
-            )
-        results["models"][kind] = {
-            "parameters": model.parameters_count(),
-            "losses": losses,
-            **_test(model, settings),
-        }
+
+    def loss_of(model: SmallModel, generator: torch.Generator) -> LossOfStep:
+        return partial(_training_loss, model, settings, generator)
+
+    schedule = (settings.seed, settings.steps, settings.learning_rate)
+    for kind, model, trained in train_kinds(settings.config, device, *schedule, loss_of):
+        results["models"][kind] = {**trained, **_test(model, settings)}
         if kind == "dynamic":
             results["kept"] = _kept(model, settings)
     return results

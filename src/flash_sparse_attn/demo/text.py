@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..bench.console import Progress, paragraph, table
+from ..bench.console import paragraph, table
 from .model import KINDS, ModelConfig, SmallModel, precision
-from .training import train
+from .training import LossOfStep, train_kinds
 
 CONFIG = ModelConfig(
     tokens=256,
@@ -115,24 +115,14 @@ def run(settings: TextSettings, device: torch.device) -> dict[str, Any]:
     """Train the models and test them; the dynamic one is in the result for question d."""
     corpus = read_corpus()
     results: dict[str, Any] = {"settings": settings, "corpus": corpus, "models": {}}
-    for kind, name in KINDS.items():
-        torch.manual_seed(settings.seed)
-        model = SmallModel(settings.config, kind).to(device)
-        generator = torch.Generator().manual_seed(settings.seed)
 
-        with Progress(f"train {name}", settings.steps) as bar:
-            losses = train(
-                model,
-                partial(_training_loss, model, corpus.train, settings, generator),
-                settings.steps,
-                settings.learning_rate,
-                bar,
-            )
-        results["models"][kind] = {
-            "parameters": model.parameters_count(),
-            "losses": losses,
-            "held_out": _held_out_loss(model, corpus.held_out, settings),
-        }
+    def loss_of(model: SmallModel, generator: torch.Generator) -> LossOfStep:
+        return partial(_training_loss, model, corpus.train, settings, generator)
+
+    schedule = (settings.seed, settings.steps, settings.learning_rate)
+    for kind, model, trained in train_kinds(settings.config, device, *schedule, loss_of):
+        held_out = _held_out_loss(model, corpus.held_out, settings)
+        results["models"][kind] = {**trained, "held_out": held_out}
         if kind == "dynamic":
             results["model"] = model
     return results

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..bench.console import Progress
+from .model import KINDS, ModelConfig, SmallModel
 
 _PREPARING = 3  # steps before one is recorded: compilation, and the optimizer's first state
 _READINGS = 20  # how often a training looks at its loss, to show it
@@ -37,6 +39,35 @@ def train(
         The loss of every step.
     """
     return Training(model, loss_of_step).run(steps, learning_rate, bar)
+
+
+def train_kinds(
+    config: ModelConfig,
+    device: torch.device,
+    seed: int,
+    steps: int,
+    learning_rate: float,
+    loss_of_model: Callable[[SmallModel, torch.Generator], LossOfStep],
+) -> Iterator[tuple[str, SmallModel, dict[str, Any]]]:
+    """Train a model of each of `KINDS` with the same data; see `Training` for the schedule.
+
+    Args:
+        config: Of every model.
+        device: Where to train.
+        seed: Of the initial weights, and of the generator on the CPU that data are drawn from.
+        steps, learning_rate: As of `train`.
+        loss_of_model: The loss of a model at a step, with data from the generator.
+
+    Yields:
+        The kind, its model, and ``parameters`` and ``losses`` for the results.
+    """
+    for kind, name in KINDS.items():
+        torch.manual_seed(seed)
+        model = SmallModel(config, kind).to(device)
+        loss_of_step = loss_of_model(model, torch.Generator().manual_seed(seed))
+        with Progress(f"train {name}", steps) as bar:
+            losses = train(model, loss_of_step, steps, learning_rate, bar)
+        yield kind, model, {"parameters": model.parameters_count(), "losses": losses}
 
 
 class Training:

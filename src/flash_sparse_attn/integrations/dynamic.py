@@ -69,6 +69,11 @@ class DynamicMaskLayer:
         raise NotImplementedError
 
 
+def dynamic_layers(model: nn.Module) -> list[DynamicMaskLayer]:
+    """The layers of a model whose masks are dynamic, in order."""
+    return [module for module in model.modules() if isinstance(module, DynamicMaskLayer)]
+
+
 def key_scores(module: DynamicMaskLayer, hidden_states: Tensor, value: Tensor) -> Tensor:
     """Scores fp32 ``[B, Hkv, S]`` of the tokens of `hidden_states`, whose values are `value`.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from .dynamic import DynamicMaskLayer
+from .dynamic import dynamic_layers
 
 if TYPE_CHECKING:
     from ..distributed.ranks import Mesh
@@ -42,7 +42,7 @@ def lay_along(model: PreTrainedModel, mesh: Mesh | None) -> None:
 
     Positions are counted in the whole texts, unless `position_ids` are passed.
     """
-    for layer in _layers(model):
+    for layer in dynamic_layers(model):
         layer.mesh = mesh
     base = model.base_model
     if mesh is not None and _add_positions not in base._forward_pre_hooks.values():
@@ -53,7 +53,7 @@ def _add_positions(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What a model of one process would take as positions, and no cache unless asked for."""
-    mesh = next(iter(_layers(model))).mesh
+    mesh = next(iter(dynamic_layers(model))).mesh
     if mesh is None:
         return args, kwargs
     from ..distributed import token_positions
@@ -70,7 +70,3 @@ def _add_positions(
         else:
             kwargs["position_ids"] = token_positions(tokens[0], mesh, cu_seqlens=borders)[None]
     return (), kwargs
-
-
-def _layers(model: nn.Module) -> list[DynamicMaskLayer]:
-    return [module for module in model.modules() if isinstance(module, DynamicMaskLayer)]

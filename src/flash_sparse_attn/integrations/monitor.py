@@ -7,11 +7,10 @@ from collections import defaultdict
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import TrainerCallback
 
 from ..intervals import KeySelection, mask_rows, sequence_bounds
-from .dynamic import DynamicMaskLayer
+from .dynamic import dynamic_layers
 
 
 class SelectionMonitor(TrainerCallback):
@@ -43,7 +42,7 @@ class SelectionMonitor(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask the layers to keep their next selection."""
         if state.global_step % self.every == 0:
-            for layer in _layers(kwargs["model"]):
+            for layer in dynamic_layers(kwargs["model"]):
                 if layer.mesh is not None:
                     raise ValueError(
                         "SelectionMonitor: expected layers without mesh: no rank has the selection "
@@ -53,7 +52,7 @@ class SelectionMonitor(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look at what was kept."""
-        for layer in _layers(kwargs["model"]):
+        for layer in dynamic_layers(kwargs["model"]):
             if not layer.keep_selection:
                 continue
             selection, layer.keep_selection, layer.watched = layer.watched, False, None
@@ -129,7 +128,3 @@ def head_statistics(selection: KeySelection) -> list[dict[str, float]]:
             }
         )
     return rows
-
-
-def _layers(model: nn.Module) -> list[DynamicMaskLayer]:
-    return [module for module in model.modules() if isinstance(module, DynamicMaskLayer)]

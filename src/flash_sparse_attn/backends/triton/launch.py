@@ -9,15 +9,14 @@ by side: of a first forward and backward pass nearly all the time is compilation
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
 
 from .config import knows_triton
+from .recording import Descriptor, Launch, Recording
 
 _log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class _State(threading.local):
 
 
 _state = _State()
-_recordings: dict[Hashable, _Recording | None] = {}
+_recordings: dict[Hashable, Recording | None] = {}
 
 
 def launch(kernel: Any, num_programs: int) -> Callable[..., Any]:
@@ -132,12 +132,16 @@ def _run_recorded(recorder: _Recorder, run: Callable[[], Any]) -> Any:
 def _compile(waiting: Sequence[_Waiting]) -> None:
     """Compile what launches need, side by side: most of the compiler runs without Python's lock.
 
-    What cannot be compiled is reported by the launch itself.
+    What cannot be compiled is reported by the launch itself. Where the caller has Triton compile
+    side by side already, this is left to the caller's processes or threads: launches wait for them.
     """
-    from triton.runtime._async_compile import AsyncCompileMode
+    from triton.runtime._async_compile import AsyncCompileMode, active_mode
 
-    workers = min(len(waiting), os.cpu_count() or 1)
-    with ThreadPoolExecutor(workers) as pool, AsyncCompileMode(pool, ignore_errors=True):
+    with ExitStack() as ours:
+        if active_mode.get() is None:
+            pool = ThreadPoolExecutor(min(len(waiting), os.cpu_count() or 1))
+            ours.enter_context(pool)
+            ours.enter_context(AsyncCompileMode(pool, ignore_errors=True))
         for one in waiting:
             one.kernel.warmup(*one.args, grid=(one.num_programs,), **one.constants)
 
@@ -151,127 +155,6 @@ def _is_profiled() -> bool:
     """Whether somebody listens to launches."""
     runtime = knobs.runtime
     return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
-
-
-@dataclass(frozen=True)
-class _Descriptor:
-    """A tensor descriptor among the arguments, where Triton puts several in its place.
-
-    Attributes:
-        place, number, offset: As of an address, see `_Launch`.
-        shape, strides, padding: Of what it describes.
-        metadata: How the kernel wants it encoded.
-        known: The last address, and what it was encoded to: allocators come back to the same ones.
-    """
-
-    place: int
-    number: int
-    offset: int
-    shape: Any
-    strides: Any
-    padding: Any
-    metadata: Any
-    known: list[tuple[int, list[Any]]]
-
-    def encoded(self, address: int) -> list[Any]:
-        """The arguments that stand for the descriptor."""
-        known, arguments = self.known[0]
-        if known != address:
-            from triton.backends.nvidia.driver import make_tensordesc_arg
-
-            like = SimpleNamespace(
-                base=SimpleNamespace(data_ptr=lambda: address),  # the memory is not kept alive
-                shape=self.shape,
-                strides=self.strides,
-                padding=self.padding,
-            )
-            arguments = make_tensordesc_arg(like, self.metadata)
-            self.known[0] = (address, arguments)
-        return arguments
-
-
-@dataclass(frozen=True)
-class _Launch:
-    """One launch: arguments, and which of them are addresses in which tensor.
-
-    Attributes:
-        start: The function that starts the compiled kernel.
-        num_programs: Programs of the grid.
-        function: The kernel on the device.
-        fixed: What lies between it and the arguments of the kernel.
-        arguments: Of the kernel, in order; addresses are replaced.
-        addresses: Place among the arguments, number of the tensor, offset in bytes.
-        descriptors: The same for tensor descriptors.
-    """
-
-    start: Callable[..., Any]
-    num_programs: int
-    function: Any
-    fixed: tuple[Any, ...]
-    arguments: list[Any]
-    addresses: list[tuple[int, int, int]]
-    descriptors: list[_Descriptor]
-
-    @classmethod
-    def of(cls, compiled: Any, num_programs: int) -> tuple[_Launch, Iterator[Any]]:
-        """A launch without arguments, and how the kernel wants its descriptors encoded."""
-        launcher = compiled.run
-        start = launcher.launch
-        # Triton wraps the function of a kernel with descriptors, to encode them in every call.
-        wrapped = inspect.getclosurevars(start).nonlocals if inspect.isfunction(start) else {}
-        start, encodings = wrapped.get("launcher", start), wrapped.get("tensordesc_meta", ())
-        nothing = (None, None)  # no memory for scratch; no hooks
-        cooperative, dependent = launcher.launch_cooperative_grid, launcher.launch_pdl
-        fixed = (cooperative, dependent, *nothing, compiled.packed_metadata, None, *nothing)
-        return cls(start, num_programs, compiled.function, fixed, [], [], []), iter(encodings)
-
-
-@dataclass(frozen=True)
-class _Recording:
-    """The launches of a call. Tensors are numbered: given ones, results, then scratch.
-
-    Attributes:
-        launches: In order.
-        results: Shape, strides and dtype of every result, or ``None``.
-        scratch: Offsets of scratch tensors in one allocation.
-        scratch_bytes: Its size.
-    """
-
-    launches: list[_Launch]
-    results: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype] | None]
-    scratch: list[int]
-    scratch_bytes: int
-
-    def start(self, addresses: Sequence[int], device: torch.device) -> list[Tensor | None]:
-        """Repeat the launches with these addresses."""
-        results = [None if facts is None else _empty(*facts, device) for facts in self.results]
-        table = [*addresses, *[0 if result is None else result.data_ptr() for result in results]]
-        if self.scratch:
-            # Freed on return: the allocator gives it to later work of the same stream only.
-            scratch = _empty((self.scratch_bytes,), (1,), torch.uint8, device)
-            base = scratch.data_ptr()
-            table += [base + offset for offset in self.scratch]
-        stream = torch._C._cuda_getCurrentRawStream(device.index)
-        for one in self.launches:
-            arguments = one.arguments.copy()
-            for place, number, offset in one.addresses:
-                arguments[place] = table[number] + offset
-            for each in one.descriptors:
-                encoded = each.encoded(table[each.number] + each.offset)
-                arguments[each.place : each.place + len(encoded)] = encoded
-            one.start(one.num_programs, 1, 1, stream, one.function, *one.fixed, *arguments)
-        return results
-
-
-def _empty(shape: Any, strides: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor on a device, which is the current one if it is a GPU."""
-    if _EMPTY_ON_GPU is not None and device.type == "cuda":
-        return _EMPTY_ON_GPU(shape, strides, dtype)
-    return torch.empty_strided(shape, strides, dtype=dtype, device=device)
-
-
-# What the code of PyTorch's own compiler calls: a third of the host time of `torch.empty`.
-_EMPTY_ON_GPU = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
 
 
 @dataclass(frozen=True)
@@ -345,14 +228,14 @@ class _Recorder(TorchDispatchMode):
                 rest = (one.constants[name] for name in one.kernel.arg_names[len(one.args) :])
                 self._launches.append((compiled, one.num_programs, [*one.args, *rest]))
 
-    def recording(self, results: Sequence[Any]) -> _Recording | None:
+    def recording(self, results: Sequence[Any]) -> Recording | None:
         """What was noted, or ``None`` if it cannot be repeated."""
         recording = None if self._obstacle else self._recording(results)
         if recording is None:
             _log.debug("a call is not repeated: %s", self._obstacle)
         return recording
 
-    def _recording(self, results: Sequence[Any]) -> _Recording | None:
+    def _recording(self, results: Sequence[Any]) -> Recording | None:
         result_facts = [
             None if one is None else (tuple(one.shape), one.stride(), one.dtype) for one in results
         ]
@@ -369,7 +252,7 @@ class _Recorder(TorchDispatchMode):
             if compiled.run.global_scratch_size or compiled.run.profile_scratch_size:
                 self._obstacle = "a kernel needs scratch memory of Triton"
                 return None
-            noted, encodings = _Launch.of(compiled, num_programs)
+            noted, encodings = Launch.of(compiled, num_programs)
             for value in values:
                 place = len(noted.arguments)
                 tensor = getattr(value, "base", value)
@@ -391,7 +274,7 @@ class _Recorder(TorchDispatchMode):
                     number, offset = numbers[base], address - base
                 if tensor is not value and number is not None:
                     form = (value.shape, value.strides, value.padding)
-                    one = _Descriptor(place, number, offset, *form, next(encodings), [(0, [])])
+                    one = Descriptor(place, number, offset, *form, next(encodings), [(0, [])])
                     noted.descriptors.append(one)
                     noted.arguments.extend(one.encoded(address))
                     continue
@@ -399,4 +282,4 @@ class _Recorder(TorchDispatchMode):
                 if number is not None:
                     noted.addresses.append((place, number, offset))
             launches.append(noted)
-        return _Recording(launches, result_facts, scratch, total)
+        return Recording(launches, result_facts, scratch, total)

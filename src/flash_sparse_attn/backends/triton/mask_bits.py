@@ -19,7 +19,7 @@ from .config import SLOT_ALIGN
 from .inputs import broadcast_strides
 from .launch import launch
 from .masks import MaskLayout
-from .tiles import NUMBERS, row_and_rest, row_offsets
+from .tiles import NUMBERS, epoch_bounds, row_and_rest, row_offsets
 from .words import popcount
 
 _ALIGN = tl.constexpr(SLOT_ALIGN)
@@ -34,13 +34,6 @@ _WORDS = 2  # words that it packs, or fewer for the sake of
 _PROGRAMS = 8192  # so many programs
 _SCANNED = 128  # times 32 keys get slots by one program,
 _COUNTED_WORDS = 8192  # and so many words of 32 keys, of all parts, are counted together
-
-
-@triton.jit
-def _epoch(i_epoch, query_len, key_len, epoch_len):
-    """First query of an epoch, its number of queries, and the position of the first."""
-    first = i_epoch * epoch_len
-    return first, tl.minimum(epoch_len, query_len - first), first + key_len - query_len
 
 
 @triton.jit
@@ -155,7 +148,7 @@ def pack_kernel(
     i_sheet, key_0 = rest // num_blocks, rest % num_blocks * BLOCK
     i_part, i_member = i_sheet % num_parts, i_sheet // num_parts % MEMBERS
     i_epoch = i_sheet // (num_parts * MEMBERS)
-    first, num, position = _epoch(i_epoch, query_len, key_len, epoch_len)
+    first, num, position = epoch_bounds(i_epoch, None, query_len, key_len, epoch_len, False)
     base = i_row // ROW_HEADS * smb + i_row % ROW_HEADS * smk + i_member * smg + first * smq
     query = i_part * WORDS * 32
     sheet = i_row * (num_epochs * MEMBERS * num_parts) + i_sheet
@@ -264,6 +257,24 @@ def _and(left, right):
     return left & right
 
 
+@triton.jit
+def store_bits(
+    ptrs_slot, ptr_block_bits, bits, row, i_block, num_slots,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Store the words of a block of slots, and of every 32 slots what any has and what all have.
+
+    `bits` ``[ROWS, BLOCK]`` go to `ptrs_slot`; `row` ``[ROWS]`` are their rows of `num_slots`.
+    """
+    tl.store(ptrs_slot, bits)
+    flag = i_block * (BLOCK // 32) + tl.arange(0, BLOCK // 32)
+    ptrs = ptr_block_bits + ((row * (num_slots // 32))[:, None] + flag[None, :]) * 2
+    parts = bits.reshape(ROWS, BLOCK // 32, 32)
+    tl.store(ptrs, tl.reduce(parts, 2, _or))
+    tl.store(ptrs + 1, tl.reduce(parts, 2, _and))
+
+
 @triton.jit(do_not_specialize=NUMBERS)
 def bits_kernel(
     ptr_words, ptr_shown, ptr_before, ptr_key, ptr_counts, ptr_slot_bits, ptr_block_bits,
@@ -282,7 +293,6 @@ def bits_kernel(
     if i_block * BLOCK < tl.load(ptr_counts + i_list * 2):
         slot = i_block * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
         key = tl.load(ptr_key + i_list * num_slots + slot)[None, :]
-        block = i_block * (BLOCK // 32) + tl.arange(0, BLOCK // 32)
         for member in tl.static_range(MEMBERS):
             for i in range(0, num_parts, STEP):
                 row = (i_list * MEMBERS + member) * num_parts + i + tl.arange(0, STEP)[:, None]
@@ -293,14 +303,12 @@ def bits_kernel(
                 offs = (row * (columns * 32) + key // PACKED * PACKED + rank) * WORDS
                 ptrs = ptr_words + offs[:, None, :] + tl.arange(0, WORDS)[None, :, None]
                 bits = tl.load(ptrs, mask=known[:, None, :], other=0)
-                bits = bits.reshape(STEP * WORDS, BLOCK)
                 word = i * WORDS + tl.arange(0, STEP * WORDS)
                 out = (i_list * MEMBERS + member) * (num_parts * WORDS) + word
-                tl.store(ptr_slot_bits + (out * num_slots)[:, None] + slot[None, :], bits)
-                parts = bits.reshape(STEP * WORDS, BLOCK // 32, 32)
-                ptrs = ptr_block_bits + ((out * (num_slots // 32))[:, None] + block[None, :]) * 2
-                tl.store(ptrs, tl.reduce(parts, 2, _or))
-                tl.store(ptrs + 1, tl.reduce(parts, 2, _and))
+                store_bits(
+                    ptr_slot_bits + (out * num_slots)[:, None] + slot[None, :], ptr_block_bits,
+                    bits.reshape(STEP * WORDS, BLOCK), out, i_block, num_slots, STEP * WORDS, BLOCK,
+                )  # fmt: skip
 
 
 def fill_slots(plan: Plan, layout: MaskLayout, shown: Tensor, sheets: int) -> None:

@@ -28,6 +28,23 @@ _library.define(
 )
 
 
+def _with_lists(
+    layout: MaskLayout,
+    num_heads: int,
+    heads_kv: int,
+    batch: int,
+    for_backward: bool,
+    architecture: str,
+    head_dim: int,
+    reads_pairs: bool,
+) -> MaskLayout:
+    """A layout with the lists that the kernels of its call are going to read."""
+    return layout.with_lists(
+        tiles_for(architecture, head_dim, reads_pairs), num_heads // heads_kv,
+        batch * layout.query_len * num_heads, for_backward=for_backward,
+    )  # fmt: skip
+
+
 def _layout_of(
     mask_shape: tuple[int, ...],
     query_len: int,
@@ -40,13 +57,10 @@ def _layout_of(
     head_dim: int,
     reads_pairs: bool,
 ) -> MaskLayout:
-    """The layout of a call with a bool mask, with the lists that its kernels are going to read."""
-    heads = num_heads, heads_kv
-    layout = MaskLayout.of(mask_shape, query_len, key_len, *heads, batch, reads_pairs=reads_pairs)
-    return layout.with_lists(
-        tiles_for(architecture, head_dim, reads_pairs), num_heads // heads_kv,
-        batch * query_len * num_heads, for_backward=for_backward,
-    )  # fmt: skip
+    """The layout of a call with a bool mask, its lists included."""
+    heads = num_heads, heads_kv, batch
+    layout = MaskLayout.of(mask_shape, query_len, key_len, *heads, reads_pairs=reads_pairs)
+    return _with_lists(layout, *heads, for_backward, architecture, head_dim, reads_pairs)
 
 
 def _architecture_of(device: torch.device) -> str:
@@ -58,6 +72,12 @@ _architecture_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @on_device
+def _plan(mask: Tensor, layout: MaskLayout, is_causal: bool, for_backward: bool) -> Plan:
+    from .plan_mask import plan_mask
+
+    return plan_mask(mask, layout, is_causal=is_causal, for_backward=for_backward)
+
+
 def _plan_mask(
     mask: Tensor,
     query_len: int,
@@ -71,13 +91,11 @@ def _plan_mask(
     head_dim: int,
     reads_pairs: bool,
 ) -> list[Tensor]:
-    from .plan_mask import plan_mask
-
     layout = _layout_of(
         mask.shape, query_len, key_len, num_heads, heads_kv, batch, for_backward, architecture,
         head_dim, reads_pairs,
     )  # fmt: skip
-    return plan_mask(mask, layout, is_causal=is_causal, for_backward=for_backward).tensors()
+    return _plan(mask, layout, is_causal, for_backward).tensors()
 
 
 @on_device
@@ -144,16 +162,19 @@ def plan_of(problem: Problem, mask: Tensor | None) -> Plan:
         return _packed_plan(problem, problem.packed, mask)
     shape = None if mask is None else mask.shape
     heads = problem.num_heads, problem.num_kv_heads, problem.batch
-    layout = MaskLayout.of(shape, query_len, key_len, *heads)
-    if mask is None or layout.kind == "keys":
-        return _plan_of_keys(layout.sizes, is_causal, mask)
     # The kernels of a plan from a mask read no mask themselves.
     reads_pairs = problem.bias_shape is not None and problem.bias_shape[2] > 1
-    needs, head_dim = problem.requires_grad, problem.head_dim
-    kernels = _architecture_of(problem.device), head_dim, reads_pairs
-    layout = _layout_of(mask.shape, query_len, key_len, *heads, needs, *kernels)
-    call = torch.ops.flash_sparse_attn.plan_mask if is_traced(mask) else _plan_mask
-    tensors = call(mask, query_len, key_len, *heads, is_causal, needs, *kernels)
+    layout = MaskLayout.of(shape, query_len, key_len, *heads, reads_pairs=reads_pairs)
+    if mask is None or layout.kind == "keys":
+        return _plan_of_keys(layout.sizes, is_causal, mask)
+    needs = problem.requires_grad
+    kernels = _architecture_of(problem.device), problem.head_dim, reads_pairs
+    layout = _with_lists(layout, *heads, needs, *kernels)
+    if not is_traced(mask):
+        return _plan(mask, layout, is_causal, needs)
+    tensors = torch.ops.flash_sparse_attn.plan_mask(
+        mask, query_len, key_len, *heads, is_causal, needs, *kernels
+    )
     return Plan.of(tensors, layout.sizes, not is_causal)
 
 

@@ -136,3 +136,10 @@ class MaskLayout:
             *((*lists, *each.shape(self.epoch_len, self.num_slots)) for each in self.lists),
         )  # fmt: skip
         return [(shape, torch.int32) for shape in all_shapes]
+
+    def empty(self, device: torch.device, for_backward: bool) -> list[torch.Tensor | None]:
+        """The tensors of `shapes`, to be filled; ``None`` for those that the plan has not."""
+        return [
+            torch.empty(shape, dtype=dtype, device=device) if shape != (0,) else None
+            for shape, dtype in self.shapes(for_backward)
+        ]

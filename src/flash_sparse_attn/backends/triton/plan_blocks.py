@@ -19,7 +19,7 @@ from ...plan import Plan
 from .config import SLOT_ALIGN
 from .inputs import broadcast_strides
 from .launch import launch, repeat_call
-from .mask_bits import fill_slots
+from .mask_bits import fill_slots, store_bits
 from .masks import MaskLayout
 from .tiles import NUMBERS, row_and_rest
 
@@ -115,16 +115,6 @@ def seen_kernel(
     tl.store(ptr_shown + out + tl.arange(0, BLOCK // 32), tl.sum(bits, 1))
 
 
-@triton.jit
-def _or(left, right):
-    return left | right
-
-
-@triton.jit
-def _and(left, right):
-    return left & right
-
-
 @triton.jit(do_not_specialize=NUMBERS)
 def spread_kernel(
     ptr_words, ptr_key, ptr_counts, ptr_slot_bits, ptr_block_bits, query_len, key_len, epoch_len,
@@ -143,7 +133,6 @@ def spread_kernel(
         num_words = epoch_len // 32
         slot = i_block * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
         key = tl.load(ptr_key + tl.multiple_of(i_list * num_slots, BLOCK) + slot)
-        part = i_block * (BLOCK // 32) + tl.arange(0, BLOCK // 32)
         for member in tl.static_range(MEMBERS):
             for i in range(0, num_words, STEP):
                 word = i + tl.arange(0, STEP)  # [STEP]
@@ -155,11 +144,9 @@ def spread_kernel(
                     bits = _from_key(bits, key[None, :] - (first + word * 32)[:, None])
                 out = (i_list * MEMBERS + member) * num_words + word
                 offs = tl.multiple_of(out * num_slots, BLOCK)[:, None] + slot[None, :]
-                tl.store(ptr_slot_bits + offs, bits)
-                parts = bits.reshape(STEP, BLOCK // 32, 32)
-                ptrs = ptr_block_bits + ((out * (num_slots // 32))[:, None] + part[None, :]) * 2
-                tl.store(ptrs, tl.reduce(parts, 2, _or))
-                tl.store(ptrs + 1, tl.reduce(parts, 2, _and))
+                store_bits(
+                    ptr_slot_bits + offs, ptr_block_bits, bits, out, i_block, num_slots, STEP, BLOCK
+                )
 
 
 def plan_blocks(
@@ -187,10 +174,7 @@ def plan_blocks(
     """
 
     def run() -> list[Tensor | None]:
-        tensors = [
-            torch.empty(shape, dtype=dtype, device=block_indices.device) if shape != (0,) else None
-            for shape, dtype in layout.shapes(for_backward)
-        ]
+        tensors = layout.empty(block_indices.device, for_backward)
         plan = Plan.of(tensors, layout.sizes, not is_causal)
         _fill(plan, block_indices, visible, block_size, layout, is_causal)
         return tensors

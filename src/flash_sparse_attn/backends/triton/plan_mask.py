@@ -164,10 +164,7 @@ def plan_mask(mask: Tensor, layout: MaskLayout, *, is_causal: bool, for_backward
     """
 
     def run() -> list[Tensor | None]:
-        tensors = [
-            torch.empty(shape, dtype=dtype, device=mask.device) if shape != (0,) else None
-            for shape, dtype in layout.shapes(for_backward)
-        ]
+        tensors = layout.empty(mask.device, for_backward)
         plan = Plan.of(tensors, layout.sizes, not is_causal)
         if layout.kind == "shown":
             _fill_shown(plan, mask, layout, is_causal)
