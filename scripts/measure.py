@@ -32,7 +32,8 @@ ALONE = ["-k", "host_time", "-s", "-n", "0"]
 MASKS = ["main", "keys", "small", "patterns"]
 GRID = ["--test-type", "sdpa-vs-ours", "--seconds", "320"]
 SAME = ["--test-type", "ours", "--seconds", "150"]
-LESSONS = ["--curriculum", "16", "32", "64", "128", "256", "--lesson-steps", "500"]
+PAIRS = ["8", "32", "128", "256", "320", "384", "448"]
+LESSONS = ["--curriculum", *PAIRS, "--lesson-steps", "1000", "400"]
 TEXT = ["text", "--seed", "0", "1", "--minutes", "3.6"]
 
 

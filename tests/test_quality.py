@@ -102,7 +102,9 @@ def test_a_step_reads_nothing_back():
 
 
 def test_lessons_use_the_tokens_of_the_whole_task():
-    task = recall_task(64, 16, pairs=16, window=16, curriculum=(4, 8), lesson_steps=3)
+    task = recall_task(
+        64, 16, pairs=16, window=16, curriculum=(4, 8), lesson_steps=(3,), lesson_answers=512
+    )
     assert task.name == "recall-values-64-d16-curriculum"
     assert [(n, one.length, one.pairs, one.lessons()) for n, one in task.lessons()] == [
         (3, 8, 4, []),
@@ -111,7 +113,7 @@ def test_lessons_use_the_tokens_of_the_whole_task():
     torch.manual_seed(0)
     for _, lesson in task.lessons():
         tokens, values = lesson._draw(CPU)
-        assert tokens.shape == (64, lesson.length + lesson.pairs) == (64, 3 * lesson.pairs)
+        assert tokens.shape == (512 // lesson.pairs, lesson.length + lesson.pairs)
         text = tokens[:, : lesson.length]
         # Pairs fill the text: keys at even places, from the whole task's 32, and its values.
         assert (text[:, ::2] < 32).all() and text[:, ::2].max() > 24
@@ -119,10 +121,16 @@ def test_lessons_use_the_tokens_of_the_whole_task():
         answered = (tokens[:, lesson.length :, None] == text[:, None, ::2]).int().argmax(-1)
         assert torch.equal(text[:, 1::2].gather(1, answered), values)
     assert task.facts["curriculum"] == [
-        {"steps": 3, "batch": 64, "length": 8, "pairs": 4},
+        {"steps": 3, "batch": 128, "length": 8, "pairs": 4},
         {"steps": 3, "batch": 64, "length": 16, "pairs": 8},
     ]
     assert "curriculum" not in tiny_recall().facts
+    changed = replace(task, curriculum=(2, 4, 8), lesson_steps=(7, 5), lesson_answers=9)
+    assert [(n, one.pairs, one.batch) for n, one in changed.lessons()] == [
+        (7, 2, 4),
+        (5, 4, 2),
+        (5, 8, 1),
+    ]
 
 
 # Models and training
@@ -200,15 +208,15 @@ def test_a_row_can_be_repeated(rows):
 
 
 def test_every_attention_has_the_same_lessons(rows):
-    task = tiny_recall(curriculum=(2, 3), lesson_steps=4)
+    task = tiny_recall(curriculum=(2, 3), lesson_steps=(4,), lesson_answers=64)
     taught = list(compare(task, ATTENTIONS, 3, CPU, never(), None, FACTS))
     assert [row["provider"] for row in taught] == list(ATTENTIONS)
     for row in taught:
         # Lessons are extra: as many steps of the whole task as without.
         assert (row["steps"], row["train_samples"]) == (12, 96)
         assert row["curriculum"] == [
-            {"steps": 4, "batch": 64, "length": 4, "pairs": 2},
-            {"steps": 4, "batch": 64, "length": 6, "pairs": 3},
+            {"steps": 4, "batch": 32, "length": 4, "pairs": 2},
+            {"steps": 4, "batch": 21, "length": 6, "pairs": 3},
         ]
         assert row["curve"][-1][0] == 4 + 4 + 12
     # What the models see first is a lesson, with the same data for all of them.
@@ -244,12 +252,12 @@ def test_time_for_lessons_is_taken_off(monkeypatch):
         return 1
 
     monkeypatch.setattr("flash_sparse_attn.quality.run.planned_steps", plan)
-    for task in (tiny_recall(), tiny_recall(curriculum=(2,), lesson_steps=5)):
+    for task in (tiny_recall(), tiny_recall(curriculum=(2,), lesson_steps=(5,))):
         list(compare(task, ["full", "window"], 0, CPU, 100.0, None, FACTS))
     assert seen == [100.0, 100.0 - 2 * 5 * 2.0]
 
 
-def test_lessons_come_first_and_share_the_schedule():
+def test_lessons_come_first_at_the_highest_rate():
     model = torch.nn.Linear(1, 1)
     order, rates = [], []
 
@@ -263,11 +271,16 @@ def test_lessons_come_first_and_share_the_schedule():
 
     training = Training(model, loss("whole"))
     with Progress("train", 20) as bar:
-        losses = training.run(10, 1.0, bar, [(6, loss("a")), (4, loss("b"))])
-    assert len(losses) == 20
-    assert [name for name, _ in order] == ["a"] * 6 + ["b"] * 4 + ["whole"] * 10
-    assert [step for _, step in order] == list(range(20))
-    assert rates[1] == max(rates) and rates[-1] == min(rates)  # one warm-up, one decay
+        losses = training.run(10, 1.0, bar, [(20, loss("a")), (4, loss("b"))])
+    assert len(losses) == 34
+    assert [name for name, _ in order] == ["a"] * 20 + ["b"] * 4 + ["whole"] * 10
+    assert [step for _, step in order] == list(range(34))
+    assert rates[:25] == [0.5, *[1.0] * 24]  # warm-up: a tenth of the first lesson; no decay
+    assert rates[24:] == sorted(rates[24:], reverse=True) and len(set(rates[24:])) == 10
+    order.clear(), rates.clear()
+    with Progress("train", 20) as bar:
+        training.run(20, 1.0, bar)
+    assert rates[1] == max(rates) < 1 and rates[-1] == rates[19] == min(rates[1:]) < 0.06
 
 
 def test_a_step_that_is_recorded_is_replayed(monkeypatch):
@@ -366,7 +379,12 @@ def test_lessons_that_do_not_fit_are_refused(capsys):
         "--curriculum: expected numbers of pairs from 1 to 512, got 513" in capsys.readouterr().err
     )
     assert cli.main([*common[:-1], "--lesson-steps", "0"]) == 2
-    assert "--lesson-steps: expected at least 1, got 0" in capsys.readouterr().err
+    expected = "--lesson-steps: expected numbers from 1, no more than the 1 lessons"
+    assert f"{expected} of --curriculum, got [0]" in capsys.readouterr().err
+    assert cli.main([*common[:-1], "--lesson-steps", "3", "2"]) == 2
+    assert f"{expected} of --curriculum, got [3, 2]" in capsys.readouterr().err
+    assert cli.main([*common[:-1], "--lesson-answers", "0"]) == 2
+    assert "--lesson-answers: expected at least 1, got 0" in capsys.readouterr().err
 
 
 def test_lessons_are_told(tmp_path, capsys):

@@ -54,7 +54,7 @@ def test_every_replay_draws_new_data(kind):
 @pytest.mark.parametrize("kind", ATTENTIONS)
 def test_lessons_and_the_whole_task_are_recorded_beside_each_other(kind):
     """A graph for each, on one set of weights and one optimizer, in the order of the plan."""
-    task = recall_task(256, 64, pairs=64, window=32, curriculum=(16, 32), lesson_steps=4)
+    task = recall_task(256, 64, pairs=64, window=32, curriculum=(16, 32), lesson_steps=(4,))
     torch.manual_seed(0)
     model = SmallModel(task.config, kind).cuda()
     training = Training(model, lambda _: task.loss(model))

@@ -25,8 +25,6 @@ KINDS = {
 SHARED = "shared"
 """One more kind: a dynamic mask whose choice reads the whole text, the future too."""
 
-ROPE_THETA = 10000.0
-
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -40,6 +38,7 @@ class ModelConfig:
         window: Keys that a query of the sliding window and of the dynamic masks sees.
         recent: How many of a dynamic mask's `window` keys are the newest, whatever their score.
         feed_forward: Width of the feed-forward part over `width`; 0 for none.
+        rope_theta: Base of the rotary embedding of queries and keys.
     """
 
     tokens: int
@@ -52,6 +51,7 @@ class ModelConfig:
     window: int
     recent: int = 0
     feed_forward: int = 0
+    rope_theta: float = 10000.0
 
 
 class PlainAttention(nn.Module):
@@ -64,6 +64,7 @@ class PlainAttention(nn.Module):
     def __init__(self, config: ModelConfig, window: int | None) -> None:
         super().__init__()
         self.head_dim, self.window = config.head_dim, window
+        self.rope_theta = config.rope_theta
         self.q_proj = nn.Linear(config.width, config.heads * config.head_dim, bias=False)
         self.k_proj = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=False)
         self.v_proj = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=False)
@@ -76,7 +77,7 @@ class PlainAttention(nn.Module):
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         position = torch.arange(hidden.shape[1], device=hidden.device)
-        query, key = (rotate(x, position, ROPE_THETA).to(value.dtype) for x in (query, key))
+        query, key = (rotate(x, position, self.rope_theta).to(value.dtype) for x in (query, key))
         if self.window is None:
             query, key, value = (x.transpose(1, 2) for x in (query, key, value))
             grouped = query.shape[1] != key.shape[1]
@@ -183,6 +184,6 @@ def _attention(config: ModelConfig, kind: str) -> nn.Module:
             keep_recent=config.recent,
             num_kv_heads=config.kv_heads,
             head_dim=config.head_dim,
-            rope_theta=ROPE_THETA,
+            rope_theta=config.rope_theta,
         )
     return PlainAttention(config, config.window if kind == "window" else None)

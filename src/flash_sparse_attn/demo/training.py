@@ -73,6 +73,9 @@ def train_kinds(
 class Training:
     """AdamW: warm-up over a tenth of the steps, cosine decay to a twentieth of the rate.
 
+    With lessons the warm-up is a tenth of the first one and the decay begins after the last, so
+    that they are learned at the highest rate.
+
     Nothing is read from the device in a step. Losses stay there; `run` looks at a few of them.
 
     Args:
@@ -110,13 +113,14 @@ class Training:
             steps: Fixed number of steps.
             learning_rate: Highest rate.
             bar: Advanced by one at each step.
-            lessons: Numbers of steps and other losses that come before, in the same schedule.
+            lessons: Numbers of steps and other losses that come before.
         """
         plan = [loss for count, loss in lessons for _ in range(count)] + [None] * steps
         losses = torch.empty(len(plan), device=self.device)
+        counts = [*(count for count, _ in lessons), steps]
         note, reading = "", max(1, len(plan) // _READINGS)
         for step, loss_of_step in enumerate(plan):
-            self._set_rate(learning_rate * rate_factor(step, len(plan)))
+            self._set_rate(learning_rate * rate_factor(step, counts))
             losses[step] = self._step(step, loss_of_step)
             if (step + 1) % reading == 0:
                 note = f"loss {float(losses[step]):.3f}"
@@ -208,7 +212,13 @@ class _Restored:
                 value.zero_()
 
 
-def rate_factor(step: int, steps: int) -> float:
-    """What the highest rate is multiplied by at a step."""
-    warm_up = max(1, steps // 10)
-    return min(1.0, (step + 1) / warm_up) * (0.525 + 0.475 * math.cos(math.pi * step / steps))
+def rate_factor(step: int, steps: Sequence[int]) -> float:
+    """What the highest rate is multiplied by.
+
+    Args:
+        step: Of the whole training, from 0.
+        steps: Of every lesson in turn, and of what comes after.
+    """
+    warm_up = max(1, steps[0] // 10)
+    decayed = max(0, step - sum(steps[:-1])) / steps[-1]
+    return min(1.0, (step + 1) / warm_up) * (0.525 + 0.475 * math.cos(math.pi * decayed))

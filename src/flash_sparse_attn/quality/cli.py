@@ -19,7 +19,7 @@ from ..bench.store import Row, append_rows, read_rows, run_facts
 from ..demo.text import read_corpus
 from . import figure
 from .language import CONFIG, language_task
-from .recall import BATCHES, LESSON_STEPS, NOISE, RATES, recall_task
+from .recall import BATCHES, LESSON_ANSWERS, LESSON_STEPS, NOISE, RATES, recall_task
 from .run import compare, compile_kernels, shortened
 from .tasks import ATTENTIONS, Task
 
@@ -44,10 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _recall(options: argparse.Namespace) -> int:
     sizes = {"pairs": options.pairs, "window": options.window, "noise": options.noise}
     sizes |= {"rate_factor": options.rate_factor}
-    sizes |= {"curriculum": tuple(options.curriculum), "lesson_steps": options.lesson_steps}
+    sizes |= {"curriculum": tuple(options.curriculum), "lesson_answers": options.lesson_answers}
+    sizes |= {"lesson_steps": tuple(options.lesson_steps)}
     if options.quick:
         sizes |= {"pairs": 8, "window": 16, "train_samples": 128, "test_samples": 16}
-        sizes |= {"curriculum": (2, 4) if options.curriculum else (), "lesson_steps": 2}
+        sizes |= {"curriculum": (2, 4) if options.curriculum else (), "lesson_steps": (2,)}
         options.length, options.width = [64], [16]
     wrong = [n for n in options.length if n % 2 or n < 2 * sizes["pairs"]]
     if wrong:
@@ -64,11 +65,17 @@ def _recall(options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 2
-    if options.lesson_steps < 1:
+    counts = options.lesson_steps
+    if min(counts) < 1 or len(counts) > max(1, len(options.curriculum)):
         print(
-            f"--lesson-steps: expected at least 1, got {options.lesson_steps}; without "
-            "--curriculum there are no lessons",
+            f"--lesson-steps: expected numbers from 1, no more than the {len(options.curriculum)} "
+            f"lessons of --curriculum, got {counts}",
             file=sys.stderr,
+        )
+        return 2
+    if options.lesson_answers < 1:
+        print(
+            f"--lesson-answers: expected at least 1, got {options.lesson_answers}", file=sys.stderr
         )
         return 2
     tasks = [
@@ -201,13 +208,22 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="PAIRS",
-        help="lessons before, for every attention alike: texts full of so many pairs (16 32, say)",
+        help="lessons before, for every attention alike: texts full of so many pairs (8 16, say)",
     )
     recall.add_argument(
         "--lesson-steps",
         type=int,
-        default=LESSON_STEPS,
-        help=f"steps of each lesson (default {LESSON_STEPS})",
+        nargs="+",
+        default=[LESSON_STEPS],
+        metavar="STEPS",
+        help="of every lesson in turn; the last number is that of all further ones too "
+        f"(default {LESSON_STEPS})",
+    )
+    recall.add_argument(
+        "--lesson-answers",
+        type=int,
+        default=LESSON_ANSWERS,
+        help=f"questions of a step of a lesson (default {LESSON_ANSWERS})",
     )
     recall.set_defaults(run=_recall)
     text = commands.add_parser("text", help="a byte-level language model of source code")

@@ -24,8 +24,12 @@ NOISE = {
 }
 
 
-LESSON_STEPS, LESSON_BATCH = 200, 64
-"""Of the lessons of a curriculum."""
+LESSON_STEPS, LESSON_ANSWERS = 1000, 4096
+"""Of the lessons of a curriculum: steps of each, and questions of a step."""
+
+ROPE_THETA = 1e6
+"""Base of the rotary embedding. A question finds its key at any distance by those dimensions that
+turn less than once over all tokens: of 8,704 tokens none to speak of at the usual 10,000."""
 
 
 def make_sequences(
@@ -79,14 +83,17 @@ class RecallTask(Task):
         pairs: Key-value pairs in it, each asked once.
         noise: One of `NOISE`.
         curriculum: Numbers of pairs of the lessons that come before, which fill their texts.
-        lesson_steps: Steps of each lesson.
+        lesson_steps: Steps of each lesson; the last number is that of all further lessons too.
+        lesson_answers: Questions of a step of a lesson, which thus has the more sequences the
+            shorter they are.
     """
 
     length: int
     pairs: int
     noise: str
     curriculum: tuple[int, ...] = ()
-    lesson_steps: int = LESSON_STEPS
+    lesson_steps: tuple[int, ...] = (LESSON_STEPS,)
+    lesson_answers: int = LESSON_ANSWERS
 
     @property
     def sequence(self) -> int:
@@ -117,12 +124,20 @@ class RecallTask(Task):
 
     def lessons(self) -> list[tuple[int, RecallTask]]:
         """Short texts full of pairs, with the tokens of the whole task."""
+        known = self.lesson_steps
+        steps = [*known, *[known[-1]] * len(self.curriculum)]
         return [
             (
-                self.lesson_steps,
-                replace(self, length=2 * pairs, pairs=pairs, batch=LESSON_BATCH, curriculum=()),
+                count,
+                replace(
+                    self,
+                    length=2 * pairs,
+                    pairs=pairs,
+                    batch=max(1, self.lesson_answers // pairs),
+                    curriculum=(),
+                ),
             )
-            for pairs in self.curriculum
+            for pairs, count in zip(self.curriculum, steps, strict=False)
         ]
 
     def loss(self, model: SmallModel) -> Tensor:
@@ -161,7 +176,8 @@ def recall_task(
     train_samples: int = 250_000,
     test_samples: int = 1_000,
     curriculum: tuple[int, ...] = (),
-    lesson_steps: int = LESSON_STEPS,
+    lesson_steps: tuple[int, ...] = (LESSON_STEPS,),
+    lesson_answers: int = LESSON_ANSWERS,
 ) -> RecallTask:
     """Two layers of attention with one head, no feed-forward part.
 
@@ -172,7 +188,7 @@ def recall_task(
         window: Keys that a query of the window and of the dynamic masks sees.
         rate_factor: Multiplies the learning rate, which is that of the nearest width in `RATES`.
         train_samples, test_samples: Of `Task`.
-        curriculum, lesson_steps: Of `RecallTask`.
+        curriculum, lesson_steps, lesson_answers: Of `RecallTask`.
     """
     config = ModelConfig(
         tokens=length + 1,
@@ -183,6 +199,7 @@ def recall_task(
         kv_heads=1,
         head_dim=width,
         window=window,
+        rope_theta=ROPE_THETA,
     )
     nearest = min(RATES, key=lambda known: abs(known - width))
     return RecallTask(
@@ -197,4 +214,5 @@ def recall_task(
         noise,
         curriculum,
         lesson_steps,
+        lesson_answers,
     )
