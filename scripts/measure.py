@@ -31,9 +31,11 @@ RANKS = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "gpu
 ALONE = ["-k", "host_time", "-s", "-n", "0"]
 MASKS = ["main", "keys", "small", "patterns"]
 GRID = ["--test-type", "sdpa-vs-ours", "--seconds", "320"]
+THEIRS = ["--test-type", "predecessors", "--seconds", "320"]
 SAME = ["--test-type", "ours", "--seconds", "150"]
 PAIRS = ["8", "32", "128", "256", "320", "384", "448"]
-LESSONS = ["--curriculum", *PAIRS, "--lesson-steps", "1000", "400"]
+LESSONS = ["--curriculum", *PAIRS, "--lesson-steps", "1000", "100"]
+RECALL = ["recall", "--rate-factor", "10", *LESSONS, "--minutes", "5.5"]
 TEXT = ["text", "--seed", "0", "1", "--minutes", "3.6"]
 
 
@@ -60,12 +62,6 @@ def script(name: str, seconds: float, program: str, *arguments: str, rows: str =
     return Job(name, [f"benchmarks/{program}.py", *arguments], seconds, rows=rows)
 
 
-def recall(name: str, lengths: list[str], widths: list[str]) -> Job:
-    """Three comparisons of four attentions in four minutes."""
-    sizes = ["--length", *lengths, "--width", *widths, "--rate-factor", "10", *LESSONS]
-    return script(name, 255, "quality", "recall", *sizes, "--minutes", "4", rows="quality.jsonl")
-
-
 # Those that matter most first.
 JOBS = [
     Job("tests", ["scripts/test.py", "--gpu", "--heavy", "-k", "not host_time", "-v"], 310),
@@ -73,12 +69,14 @@ JOBS = [
     Job("tables", ["-m", "flash_sparse_attn", "bench", "run"], 240, rows="h200.jsonl"),
     script("forward grid", 65, "forward_performance", *GRID, rows="predecessors.jsonl"),
     script("backward grid", 85, "backward_performance", *GRID, rows="predecessors.jsonl"),
-    recall("recall", ["1024", "2048", "4096"], ["64"]),
+    script("recall", 345, "quality", *RECALL, rows="quality.jsonl"),
     script("text", 240, "quality", *TEXT, rows="quality.jsonl"),
     script("forward equivalence", 35, "forward_equivalence", *SAME, rows="equivalence.jsonl"),
     script("backward equivalence", 45, "backward_equivalence", *SAME, rows="equivalence.jsonl"),
     script("gradient equivalence", 15, "grad_equivalence", rows="equivalence.jsonl"),
-    recall("recall by width", ["1024"], ["32", "128", "256"]),
+    # Nothing without an environment of theirs.
+    script("their forward", 90, "forward_performance", *THEIRS, rows="predecessors.jsonl"),
+    script("their backward", 100, "backward_performance", *THEIRS, rows="predecessors.jsonl"),
     Job("decoding", ["tests/gpu/time_decode.py"], 30),
     Job("masks", ["tests/gpu/time_masks.py"], 125),
     Job("masks by kernel", ["tests/gpu/time_masks.py", *MASKS, "--ours", "--profile"], 30),
