@@ -67,7 +67,7 @@ def _on_gpu_kernels(hidden: Tensor) -> bool:
     """Whether the GPU's own kernels compute the scores of hidden states like these."""
     if hidden.device.type != "cuda" or triton.unavailable():
         return False
-    return 0 < hidden.numel() < hidden.shape[-1] << 31  # tokens are counted in 32 bits
+    return 0 < hidden.numel() < hidden.shape[-1] << 30  # tokens are counted in 32 bits
 
 
 def _fold(
@@ -178,8 +178,8 @@ _key_scores = torch.library.custom_op(
 
 
 @_key_scores.register_fake
-def _(hidden: Tensor, v_weight: Tensor, v_bias: Tensor | None, dt_weight: Tensor, *args: Any) -> Any:
-    shape = (*hidden.shape[:-2], dt_weight.shape[0], hidden.shape[-2])
+def _(hidden: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    shape = (*hidden.shape[:-2], args[2].shape[0], hidden.shape[-2])
     score = hidden.new_empty(shape, dtype=torch.float32)
     return score, score.new_empty(shape)
 
@@ -219,7 +219,7 @@ def _(grad_score: Tensor, *args: Any) -> tuple[Tensor, ...]:
     )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
     *tensors, ctx.exponential = inputs
     ctx.save_for_backward(*tensors, output[1])
 

@@ -30,12 +30,11 @@ _NUMBERS = (
 @triton.jit
 def _sum_in_pairs(terms):
     """Sum the last of three dimensions, neighbours first. [A, B, N] -> [A, B]."""
-    A: tl.constexpr = terms.shape[0]
-    B: tl.constexpr = terms.shape[1]
     if terms.shape[2] == 1:
-        return terms.reshape(A, B)
+        return terms.reshape(terms.shape[0], terms.shape[1])
     else:
-        return _sum_in_pairs(tl.sum(terms.reshape(A, B, terms.shape[2] // 2, 2), 3))
+        pairs = terms.reshape(terms.shape[0], terms.shape[1], terms.shape[2] // 2, 2)
+        return _sum_in_pairs(tl.sum(pairs, 3))
 
 
 @triton.jit
@@ -62,6 +61,14 @@ def _token_offsets(token, seq_len, stride_batch, stride_token, ALIGNED: tl.const
     """Where the row of each token begins, int64."""
     in_batch = row_offsets(token % seq_len, stride_token, ALIGNED)
     return row_offsets(token // seq_len, stride_batch, ALIGNED) + in_batch
+
+
+@triton.jit
+def _score_offsets(token, head, seq_len, HEADS_KV: tl.constexpr):
+    """Where the score of each token and head lies in ``[B, Hkv, S]``. [TOKENS, HEADS]."""
+    in_batch = token % seq_len
+    offs = (token - in_batch).to(tl.int64) * HEADS_KV + in_batch
+    return offs[:, None] + (head.to(tl.int64) * seq_len)[None, :]
 
 
 @triton.jit
@@ -164,8 +171,7 @@ def score_kernel(
     score = rate[None, :] * softplus
     if EXPONENTIAL:
         score = _exp(score)
-    offs = _token_offsets(token, seq_len, HEADS_KV * seq_len, 1, False)[:, None]
-    offs += head.to(tl.int64)[None, :] * seq_len
+    offs = _score_offsets(token, head, seq_len, HEADS_KV)
     mask = (token < num_tokens)[:, None] & exists[None, :]
     tl.store(ptr_score + offs, score, mask=mask)
     if ptr_logit is not None:
@@ -207,8 +213,7 @@ def grad_logit_kernel(
         for start in range(first, tl.minimum(first + chunk_len, num_tokens), TOKENS):
             token = start + tl.arange(0, TOKENS)
             mask = (token < num_tokens)[:, None] & exists[None, :]
-            offs = _token_offsets(token, seq_len, HEADS_KV * seq_len, 1, False)[:, None]
-            offs += head.to(tl.int64)[None, :] * seq_len
+            offs = _score_offsets(token, head, seq_len, HEADS_KV)
             logit = tl.load(ptr_logit + offs, mask=mask, other=0.0)
             offs = _token_offsets(token, seq_len, sgb, sgs, False)[:, None]
             offs += head.to(tl.int64)[None, :] * sgh
@@ -347,17 +352,18 @@ def unfold_kernel(
             tl.store(ptrs, grad.to(ptr_grad_v.dtype.element_ty), mask=inside)
     if ptr_grad_dt is not None:
         mask = (values < VALUES)[:, None] & (head < HEADS_KV)[None, :]
-        grad = tl.sum(total, 2)
+        dt_grad = tl.sum(total, 2)
         if ptr_v_bias is not None:
             bias = tl.load(ptr_v_bias + values, mask=values < VALUES, other=0.0).to(tl.float32)
-            sums = tl.load(ptr_sum + WEIGHTS + head, mask=head < HEADS_KV, other=0.0)
-            grad = tl.fma(bias[:, None], sums[None, :], grad)
+            offset = tl.load(ptr_sum + WEIGHTS + head, mask=head < HEADS_KV, other=0.0)
+            dt_grad = tl.fma(bias[:, None], offset[None, :], dt_grad)
         ptrs = ptr_grad_dt + (head * VALUES)[None, :] + value
-        tl.store(ptrs, grad.to(ptr_grad_dt.dtype.element_ty), mask=mask)
+        tl.store(ptrs, dt_grad.to(ptr_grad_dt.dtype.element_ty), mask=mask)
     if ptr_grad_v_bias is not None and is_first:
-        grad = tl.zeros([BLOCK_V], tl.float32)
+        bias_grad = tl.zeros([BLOCK_V], tl.float32)
         for i in range(HEADS_KV):
-            factor = tl.load(ptr_dt + i * sdh + values, mask=values < VALUES, other=0.0)
-            grad = tl.fma(factor.to(tl.float32), tl.load(ptr_sum + WEIGHTS + i), grad)
-        grad = grad.to(ptr_grad_v_bias.dtype.element_ty)
-        tl.store(ptr_grad_v_bias + values, grad, mask=values < VALUES)
+            weight = tl.load(ptr_dt + i * sdh + values, mask=values < VALUES, other=0.0)
+            part = tl.load(ptr_sum + WEIGHTS + i)
+            bias_grad = tl.fma(weight.to(tl.float32), part, bias_grad)
+        bias_grad = bias_grad.to(ptr_grad_v_bias.dtype.element_ty)
+        tl.store(ptr_grad_v_bias + values, bias_grad, mask=values < VALUES)
