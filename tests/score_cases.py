@@ -28,7 +28,8 @@ def make_layers(
         (torch.randn(shape, generator=generator) * scale).to(device, dtype)
         for shape, scale in zip(shapes, scales, strict=True)
     ]
-    layers[2][0] = 0  # logits of 0, or all the same
+    if heads_kv > 1:
+        layers[2][0] = 0  # logits of 0, or all the same
     v_weight, v_bias, dt_weight, dt_bias, A = layers
     return [v_weight, v_bias if bias else None, dt_weight, dt_bias if bias else None, A]
 
