@@ -56,11 +56,12 @@ def compiled(target: str, kernel: Any, args: tuple[Any, ...], constants: dict[st
     types, values, attributes = {}, {}, {}
     for index, param in enumerate(kernel.params):
         value = args[index] if index < len(args) else constants[param.name]
-        if param.is_constexpr or value is None:
+        specialized = not (isinstance(value, Tensor) or param.do_not_specialize)
+        if param.is_constexpr or value is None or (specialized and value == 1):
             types[param.name], values[(index,)] = "constexpr", value
             continue
         types[param.name] = TYPES[value.dtype] if isinstance(value, Tensor) else "i32"
-        if isinstance(value, Tensor) or (not param.do_not_specialize and value % 16 == 0):
+        if isinstance(value, Tensor) or (specialized and value % 16 == 0):
             attributes[(index,)] = [["tt.divisibility", 16]]
     arch = TARGETS[target][0]
     gpu = GPUTarget("hip", arch, 64) if target == "gfx942" else GPUTarget("cuda", arch, 32)
@@ -94,7 +95,7 @@ def test_hopper(num_tokens: int, dtype: torch.dtype, launched: list) -> None:
 @pytest.mark.parametrize("heads_kv", (1, 5))
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_target(target: str, heads_kv: int, launched: list) -> None:
-    for num_tokens, size in ((1, 100), (5000, 768)):
+    for num_tokens, size in ((1, 100), (5000, 1), (5000, 768)):
         call(num_tokens, heads_kv, size, torch.float32)
     for one in launched:
         compiled(target, *one)

@@ -52,7 +52,9 @@ def _softplus(logit):
     small = _exp(-tl.abs(logit))
     total = 1.0 + small
     # log1p: the quotient takes back what rounding did to the sum.
-    log = tl.where(total == 1.0, small, tl.log(total) * small / (total - 1.0))
+    added = total - 1.0
+    log = tl.log(total) * small / tl.where(added == 0, 1.0, added)
+    log = tl.where(added == 0, small, log)
     return tl.where(logit > 0, logit, tl.where(logit <= 0, 0.0, logit)) + log, small
 
 
