@@ -40,11 +40,11 @@ PUBLIC = {
 # A module imports only from layers above its own in this list; an entry stands for its submodules.
 LAYERS = (
     {"_conflicts", "_version", "memory", "plan", "quantize", "reference", "tracing", "varlen"},
-    {"intervals", "scores"},
+    {"intervals"},
     {"checks"},
     {"cache_checks", "problem", "utils", "window_state"},
     {"backends"},
-    {"dispatch", "selection"},
+    {"dispatch", "scores", "selection"},
     {"attention"},
     {"compat", "dynamic_mask", "kvcache", "window_cache"},
     {"distributed"},

@@ -182,12 +182,21 @@ def test_gradient_of_the_scores(exponential):
 
 def test_score_operator_is_well_formed():
     hidden = make_hidden().requires_grad_()
-    weight, offset, rate = (torch.randn(s, requires_grad=True) for s in ((2, HIDDEN), (2,), (2,)))
-    for exponential in (False, True):
-        torch.library.opcheck(
-            torch.ops.flash_sparse_attn.key_scores.default,
-            (hidden, weight, offset, rate, exponential),
-        )
+    shapes = ((12, HIDDEN), (12,), (2, 12), (2,), (2,))
+    layers = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    biasless = [layers[0], None, layers[2], None, layers[4]]
+    operator = torch.ops.flash_sparse_attn.key_scores.default
+    for exponential, given in ((False, layers), (True, layers), (False, biasless)):
+        torch.library.opcheck(operator, (hidden, *given, exponential))
+    frozen = [hidden.detach(), *layers[:2], *(one.detach() for one in layers[2:])]
+    torch.library.opcheck(operator, (*frozen, False))
+    _, logit = operator(hidden, *layers, False)
+    needs = [True, False, True, True, False, True]
+    call = (torch.randn_like(logit), hidden, *layers, logit, False, needs)
+    torch.library.opcheck(
+        torch.ops.flash_sparse_attn.key_scores_backward.default,
+        [one.detach() if isinstance(one, torch.Tensor) else one for one in call],
+    )
 
 
 class Seen(TorchDispatchMode):

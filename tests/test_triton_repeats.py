@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from interpreter import is_interpreted, run_interpreted
+from score_cases import make_hidden, make_layers
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -19,7 +20,7 @@ if is_interpreted():
     from triton.runtime.interpreter import InterpretedFunction
 
 from flash_sparse_attn.backends import eager_select
-from flash_sparse_attn.backends.triton import calls, collect, config, plan_mask
+from flash_sparse_attn.backends.triton import calls, collect, config, plan_mask, score_calls
 from flash_sparse_attn.backends.triton import launch as launching
 from flash_sparse_attn.backends.triton import plan as planning
 from flash_sparse_attn.backends.triton.config import TileConfig, Tiles
@@ -151,6 +152,32 @@ def same_plans(got: Plan, want: Plan) -> bool:
 
     pairs = zip(parts(got), parts(want), strict=True)
     return all(a is b is None or torch.equal(a, b) for a, b in pairs) and got.sizes == want.sizes
+
+
+def test_key_scores(repeats: Repeats) -> None:
+    """Other hidden states and layers, with biases; then their gradients."""
+    needs = [True, True, False, True, True, True]
+    inputs, scores = [], []
+    for round_ in range(2):
+        layers = [one * (1 + round_) for one in make_layers(40, 3, 4)]
+        inputs.append((make_hidden(2, 7, 40, seed=round_), layers))
+        scores.append(score_calls.score_keys(*inputs[-1], True, True))
+    check_repeated(repeats)
+    launching._recordings.clear()
+    upstream = [make_hidden(2, 3, 7, seed=8), make_hidden(2, 3, 7, seed=9)]
+    given_calls = [
+        (grad, *given, logit, True, needs)
+        for grad, given, (_, logit) in zip(upstream, inputs, scores, strict=True)
+    ]
+    grads = [score_calls.grad_scores(*one) for one in given_calls]
+    check_repeated(repeats)
+    launching._recordings.clear()
+    for got, want in (
+        (scores[1], score_calls.score_keys(*inputs[1], True, True)),
+        (grads[1], score_calls.grad_scores(*given_calls[1])),
+    ):
+        assert all(a is b is None or torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert not torch.equal(scores[0][0], scores[1][0]) and not torch.equal(grads[0][0], grads[1][0])
 
 
 PLANS = {

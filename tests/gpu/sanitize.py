@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from flash_sparse_attn import (
+    DynamicMaskAttention,
     WindowCache,
     append_kvcache,
     dynamic_mask_attn_func,
@@ -150,6 +151,19 @@ def packed() -> None:
     step(dynamic_mask_attn_varlen_func, *tensors, scores, borders, borders, 266, 266, 40)
 
 
+def key_scores() -> None:
+    """Tokens of one and of several tiles and chunks, widths that are no multiple of anything."""
+    for length, size, heads in itertools.product((1, 150, 4500), (1, 100, 257), (1, 3, 8)):
+        layer = DynamicMaskAttention(
+            size, heads, 16, head_dim=12, bias=size == 100, score_activation="exp"
+        ).to("cuda", DTYPE)
+        hidden = draw(1, length, size)
+        with torch.no_grad():
+            for _ in range(2):
+                layer.scores(hidden)
+        layer.scores(hidden).sum().backward()
+
+
 def long_selection() -> None:
     """Sequences long enough for every level of the selection and of the plan."""
     scores = torch.randn(1, 1, 600_000, device="cuda")
@@ -159,7 +173,8 @@ def long_selection() -> None:
 
 
 PARTS = (
-    runs, block_lists, windows, full_caches, masks, selections, biases, packed, long_selection,
+    runs, block_lists, windows, full_caches, masks, selections, biases, packed, key_scores,
+    long_selection,
 )  # fmt: skip
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import shutil
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,6 +89,22 @@ def select_intervals(
 ) -> tuple[Tensor, Tensor]:
     """Start and expiry of every key, int32 in the shape of `score`."""
     return ops.select(score, window_size, mode, key_mask, cu_seqlens, keep_first, keep_recent)
+
+
+@ops.on_device
+def score_keys(hidden: Tensor, *args: Any) -> Sequence[Any]:
+    """Scores and logits of hidden states; see `score_calls.score_keys`."""
+    from .score_calls import score_keys as run
+
+    return run(hidden, *args)
+
+
+@ops.on_device
+def grad_scores(grad_score: Tensor, *args: Any) -> Sequence[Tensor | None]:
+    """What `score_keys` passes back; see `score_calls.grad_scores`."""
+    from .score_calls import grad_scores as run
+
+    return run(grad_score, *args)
 
 
 def make_plan(

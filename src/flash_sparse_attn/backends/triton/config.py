@@ -242,6 +242,49 @@ _PAIRS = {
 _ROLES = {("sm_90", 128): RoleConfig(128, 128, 2, 8, 168, 240, 24)}
 
 
+@dataclass(frozen=True)
+class ScoreTiles:
+    """Sizes of the kernels of key scores, `key_scores.py`.
+
+    The bits of a score depend on `lanes`, `fold_values` and the width of hidden states alone.
+
+    Attributes:
+        heads: KV heads of a program at most.
+        tokens: Tokens of a tile; where tiles were fewer than `FEW_TILES`, one.
+        lanes: Columns that are summed side by side, at most.
+        num_stages: Loads of hidden states in flight.
+        fold_values, fold_columns: Of the product of the weights: terms that are summed side by
+            side, and columns of a program.
+        chunk: Tokens of a program of the gradients at least.
+        max_chunks: Chunks at most: partial sums of the gradients of weights.
+        grad_lanes: Columns of a program of the gradients.
+        sum_chunks, sum_lanes: Chunks that are summed side by side, and columns of a program.
+        unfold_values: Rows of the first weight whose gradient one program writes.
+    """
+
+    heads: int
+    tokens: int
+    lanes: int
+    num_stages: int
+    fold_values: int
+    fold_columns: int
+    chunk: int
+    max_chunks: int
+    grad_lanes: int
+    sum_chunks: int
+    sum_lanes: int
+    unfold_values: int
+
+    def chunk_len(self, num_tokens: int) -> int:
+        """Tokens of a chunk, whole multiples of `chunk`."""
+        return -(-num_tokens // (self.max_chunks * self.chunk)) * self.chunk
+
+
+# Compiled only. On sm_90 nothing is spilled, and four programs of 16 tokens share a multiprocessor;
+# `grad_lanes` of 64 let the loads of weights take the layout of hidden states.
+SCORE_TILES = ScoreTiles(4, 16, 128, 4, 16, 32, 128, 128, 64, 32, 32, 4)
+
+
 def role_config(architecture: str, head_dim: int) -> RoleConfig | None:
     """The sizes of the forward kernel by roles, or ``None`` where it cannot be used.
 
