@@ -133,8 +133,12 @@ class Pass:
             planning,
             device_time(lambda: self.forward(plan), 4, 5),
             device_time(lambda: self.backward(plan, out, *kept), 4, 5),
-            device_time(lambda: self.forward(self.plan()), 4, 5),
+            self.together(),
         )
+
+    def together(self) -> float:
+        """Plan and forward."""
+        return device_time(lambda: self.forward(self.plan()), 4, 5)
 
     def report(self, name: str, note: str = "") -> tuple[float, float, float, float]:
         times = self.times()
@@ -207,10 +211,9 @@ def main_case() -> None:
     call = Pass(2, 1, 32768, 64, mask, pair)
     call.report("main, pair bias", " (<= 0.5 with plan, backward <= 2.0)")
     print("   SDPA with mask and bias: forward {:.3f}, backward {:.3f}".format(*call.dense()))
-    ahead = Pass(2, 1, 32768, 64, mask, pair, for_backward=False)
-    both = device_time(lambda: ahead.forward(ahead.plan()), 4, 7)
-    print(f"   plan and forward of a call without gradients: {both:.4f}", flush=True)
-    del call, ahead, pair
+    call = Pass(2, 1, 32768, 64, mask, pair, for_backward=False)
+    print(f"   plan and forward of a call without gradients: {call.together():.4f}", flush=True)
+    del call, pair
     Pass(2, 1, 32768, 64, mask, scores[:, :, None]).report("main, key bias", " (back <= 0.6)")
 
 
