@@ -34,10 +34,10 @@ from .slots import run_sources, slot_chunks, slot_dim, slots_of, uses_descriptor
 from .tiles import (
     LOWEST,
     NUMBERS,
-    bits_see,
     epoch_bounds,
     for_heads,
     gathered_bias,
+    hide,
     key_blocks,
     key_bounds,
     load_rows,
@@ -112,19 +112,13 @@ def _attend(
         else:
             offs = (i_group * sbg)[:, None] + (key.to(tl.int64) * sbn)[None, :]
             scores += log2_bias(tl.load(ptr_bias + offs, mask=(key >= 0)[None, :], other=0.0))
-    if HIDES and MASKED:
-        if LISTED:
-            sees = bits_see(
-                ptr_bits, slot, i_query, i_group, word_0, num_words, num_slots, MEMBERS, WORDS,
-                False,
-            )  # fmt: skip
-        else:
-            start, expiry = slot_intervals(ptr_start, ptr_expiry, slot, num_keys, SLOTS, CLAMPS)
-            sees = (start[None, :] <= at[:, None]) & (at[:, None] < expiry[None, :])
-            if HAS_MASK and not ROWS:
-                sees &= mask_row[:, None]
-                offs = (key.to(tl.int64) * smn)[None, :]
-                sees &= tl.load(ptr_mask + offs, mask=sees, other=0) != 0
+    if HIDES and MASKED and not LISTED:
+        start, expiry = slot_intervals(ptr_start, ptr_expiry, slot, num_keys, SLOTS, CLAMPS)
+        sees = (start[None, :] <= at[:, None]) & (at[:, None] < expiry[None, :])
+        if HAS_MASK and not ROWS:
+            sees &= mask_row[:, None]
+            offs = (key.to(tl.int64) * smn)[None, :]
+            sees &= tl.load(ptr_mask + offs, mask=sees, other=0) != 0
     if HAS_MASK and ROWS:
         near = near_rows(slot, at, mask_row, num_keys, MASKED, CLAMPS, False)
         shown = tl.load(ptr_mask + slot[None, :], mask=near, other=0) != 0
@@ -147,7 +141,12 @@ def _attend(
                 seen &= sees
             bias = tl.load(ptr_bias + (key.to(tl.int64) * sbn)[None, :], mask=seen, other=0.0)
         scores += log2_bias(bias)
-    if HIDES:
+    if HIDES and LISTED:
+        scores = hide(
+            scores, ptr_bits, slot, i_query, i_group, word_0, num_words, num_slots, MEMBERS, WORDS,
+            False,
+        )  # fmt: skip
+    elif HIDES:
         scores = tl.where(sees, scores, float("-inf"))
     probs, factor, peak, total = softmax_update(scores, peak, total)
     v = load_slots(

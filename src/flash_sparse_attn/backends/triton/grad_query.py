@@ -29,10 +29,10 @@ from .launch import launch
 from .slots import run_sources, slot_chunks, slot_dim, slots_of, uses_descriptors
 from .tiles import (
     NUMBERS,
-    bits_see,
     epoch_bounds,
     for_heads,
     gathered_bias,
+    hide,
     key_blocks,
     key_bounds,
     load_grads,
@@ -93,19 +93,13 @@ def _add_block(
     key = slot
     if SLOTS != "copied" or PAIR_BIAS:
         key = slot_keys(ptr_key, slot, key_0, num_keys, SLOTS)
-    if HIDES and MASKED:
-        if LISTED:
-            sees = bits_see(
-                ptr_bits, slot, i_query, i_group, word_0, num_words, num_slots, MEMBERS, WORDS,
-                False,
-            )  # fmt: skip
-        else:
-            start, expiry = slot_intervals(ptr_start, ptr_expiry, slot, num_keys, SLOTS, CLAMPS)
-            sees = (start[None, :] <= at[:, None]) & (at[:, None] < expiry[None, :])
-            if HAS_MASK and not ROWS:
-                sees &= mask_row[:, None]
-                offs = (key.to(tl.int64) * smn)[None, :]
-                sees &= tl.load(ptr_mask + offs, mask=sees, other=0) != 0
+    if HIDES and MASKED and not LISTED:
+        start, expiry = slot_intervals(ptr_start, ptr_expiry, slot, num_keys, SLOTS, CLAMPS)
+        sees = (start[None, :] <= at[:, None]) & (at[:, None] < expiry[None, :])
+        if HAS_MASK and not ROWS:
+            sees &= mask_row[:, None]
+            offs = (key.to(tl.int64) * smn)[None, :]
+            sees &= tl.load(ptr_mask + offs, mask=sees, other=0) != 0
     if HAS_MASK and ROWS:
         near = near_rows(slot, at, mask_row, num_keys, MASKED, CLAMPS, False)
         shown = tl.load(ptr_mask + slot[None, :], mask=near, other=0) != 0
@@ -152,7 +146,12 @@ def _add_block(
                 seen &= sees
             bias = tl.load(ptr_bias + (key.to(tl.int64) * sbn)[None, :], mask=seen, other=0.0)
         scores += log2_bias(bias)
-    if HIDES:
+    if HIDES and LISTED:
+        scores = hide(
+            scores, ptr_bits, slot, i_query, i_group, word_0, num_words, num_slots, MEMBERS, WORDS,
+            False,
+        )  # fmt: skip
+    elif HIDES:
         scores = tl.where(sees, scores, -_INF)
     probs = tl.exp2(scores - peak[:, None])  # times the row's share
     if PAIR_GRAD != "none":

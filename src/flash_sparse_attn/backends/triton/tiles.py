@@ -23,6 +23,7 @@ NUMBERS = (
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _INF = tl.constexpr(float("inf"))
+_MINUS_INF = tl.constexpr(-(2**23))  # the bits of -inf in fp32
 # The largest finite bias. Times log2(e) it is still finite in fp32, which finfo.min is not.
 _MAX_BIAS = tl.constexpr(2.3e38)
 # Below every finite score, and finite: no difference of peaks is NaN, so that no loop needs a
@@ -212,17 +213,17 @@ def near_rows(
 
 
 @triton.jit
-def bits_see(
+def _words(
     ptr_bits, slot, i_query, i_group, word_0, num_words, num_slots,
     MEMBERS: tl.constexpr,
     WORDS: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """Which rows of a tile see which slots, from words that hold 32 queries of a slot each.
+    """For rows of a tile and slots the word that holds 32 queries of the slot, the row's too.
 
     The queries of the tile lie in the `WORDS` words from `word_0` on.
     """
-    i_word = i_query // 32 - word_0  # [M]
+    i_word = (i_query >> 5) - word_0  # [M]
     if MEMBERS * WORDS == 1:
         word = along_slots(tl.load(ptr_bits + word_0 * num_slots + slot), TRANSPOSED)
     else:
@@ -238,7 +239,41 @@ def bits_see(
                     word = tl.where(along_rows(mine, TRANSPOSED), column, 0)
                 else:
                     word = tl.where(along_rows(mine, TRANSPOSED), column, word)
-    return ((word >> along_rows(i_query % 32, TRANSPOSED)) & 1) != 0
+    return word
+
+
+@triton.jit
+def bits_see(
+    ptr_bits, slot, i_query, i_group, word_0, num_words, num_slots,
+    MEMBERS: tl.constexpr,
+    WORDS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """Which rows of a tile see which slots; symbols as in `_words`."""
+    word = _words(
+        ptr_bits, slot, i_query, i_group, word_0, num_words, num_slots, MEMBERS, WORDS, TRANSPOSED
+    )
+    return ((word >> along_rows(i_query & 31, TRANSPOSED)) & 1) != 0
+
+
+@triton.jit
+def hide(
+    scores, ptr_bits, slot, i_query, i_group, word_0, num_words, num_slots,
+    MEMBERS: tl.constexpr,
+    WORDS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """Scores with -inf, whatever they are, where a row does not see a slot; else as `bits_see`.
+
+    By the bits of the numbers: LLVM packs the comparisons of a tile into vectors, one by one, and
+    unpacks them again.
+    """
+    word = _words(
+        ptr_bits, slot, i_query, i_group, word_0, num_words, num_slots, MEMBERS, WORDS, TRANSPOSED
+    )
+    seen = (word << along_rows(~i_query & 31, TRANSPOSED)) >> 31  # all bits or none
+    bits = (scores.to(tl.int32, bitcast=True) & seen) | (~seen & _MINUS_INF)
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
