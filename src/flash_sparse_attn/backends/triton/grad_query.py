@@ -41,6 +41,7 @@ from .tiles import (
     load_slots,
     log2_bias,
     near_rows,
+    padded_keys,
     row_and_rest,
     row_offsets,
     scaled_scores,
@@ -59,7 +60,7 @@ def _add_block(
     q, grad, peak, share, delta, acc, pair, block, following, is_one, at, i_query, i_group,
     mask_row, i_batch, i_head, slots_k, slots_v, slot_base, skn, svn, ptr_key, ptr_start,
     ptr_expiry, ptr_bits, word_0, num_words, num_slots, key_0, num_keys, ptr_slot_bias, ptr_bias,
-    ptr_pairs, stride_member, sbg, sbn, ptr_mask, smn, scale, softcap,
+    ptr_pairs, stride_member, sbn, ptr_mask, smn, scale, softcap,
     MASKED: tl.constexpr,
     CLEARS: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -116,18 +117,10 @@ def _add_block(
         k = tl.where((tl.max(sees.to(tl.int32), 0) > 0)[:, None], k, 0.0)
     scores, tanh = scaled_scores(tl.dot(q, tl.trans(k)), scale, softcap, HAS_SOFTCAP)  # [M, N]
     if KEY_BIAS == "kv head":
-        if SLOTS == "copied":
-            scores += tl.load(ptr_slot_bias + slot)[None, :]
-        else:
-            bias = tl.load(ptr_bias + key.to(tl.int64) * sbn, mask=key >= 0, other=0.0)
-            scores += log2_bias(bias)[None, :]
+        scores += tl.load(ptr_slot_bias + slot)[None, :]
     elif KEY_BIAS == "head":
-        if SLOTS == "copied":
-            offs = i_group.to(tl.int64) * stride_member
-            scores += tl.load(ptr_slot_bias + offs[:, None] + slot[None, :])
-        else:
-            offs = (i_group * sbg)[:, None] + (key.to(tl.int64) * sbn)[None, :]
-            scores += log2_bias(tl.load(ptr_bias + offs, mask=(key >= 0)[None, :], other=0.0))
+        offs = i_group.to(tl.int64) * stride_member
+        scores += tl.load(ptr_slot_bias + offs[:, None] + slot[None, :])
     if FETCHED:
         read = for_heads(pair, scores.shape[0] // pair.shape[0], False)
         scores = tl.where(read == -_INF, -_INF, scores + log2_bias(read))
@@ -176,7 +169,7 @@ def _walk(
     q, grad, peak, share, delta, num_full, num_old, num_new, old_slots, ptr_lists, at, i_query,
     i_group, mask_row, i_batch, i_head, slots_k, slots_v, slot_base, skn, svn, ptr_key, ptr_start,
     ptr_expiry, ptr_bits, word_0, num_words, num_slots, key_0, num_keys, ptr_slot_bias, ptr_bias,
-    ptr_pairs, stride_member, sbg, sbn, ptr_mask, smn, scale, softcap,
+    ptr_pairs, stride_member, sbn, ptr_mask, smn, scale, softcap,
     CLEARS: tl.constexpr,
     SLOTS: tl.constexpr,
     HAS_MASK: tl.constexpr,
@@ -218,7 +211,7 @@ def _walk(
                 q, grad, peak, share, delta, acc, pair, block, following, i + 1 < num_full, at,
                 i_query, i_group, mask_row, i_batch, i_head, slots_k, slots_v, slot_base, skn, svn,
                 ptr_key, ptr_start, ptr_expiry, ptr_bits, word_0, num_words, num_slots, key_0,
-                num_keys, ptr_slot_bias, ptr_bias, ptr_pairs, stride_member, sbg, sbn, ptr_mask,
+                num_keys, ptr_slot_bias, ptr_bias, ptr_pairs, stride_member, sbn, ptr_mask,
                 smn, scale, softcap, False, CLEARS, SLOTS, HAS_MASK, ROWS, CLAMPS, MEMBERS, WORDS,
                 KEY_BIAS, PAIR_BIAS, PAIR_GRAD, GROUP, HAS_SOFTCAP, D, SLOT_D, BLOCK_N, BLOCK_D,
                 ALIGNED_KV, TMA,
@@ -244,7 +237,7 @@ def _walk(
                 q, grad, peak, share, delta, acc, pair, block, following, i + 1 < num_border, at,
                 i_query, i_group, mask_row, i_batch, i_head, slots_k, slots_v, slot_base, skn, svn,
                 ptr_key, ptr_start, ptr_expiry, ptr_bits, word_0, num_words, num_slots, key_0,
-                num_keys, ptr_slot_bias, ptr_bias, ptr_pairs, stride_member, sbg, sbn, ptr_mask,
+                num_keys, ptr_slot_bias, ptr_bias, ptr_pairs, stride_member, sbn, ptr_mask,
                 smn, scale, softcap, True, CLEARS, SLOTS, HAS_MASK, ROWS, CLAMPS, MEMBERS, WORDS,
                 KEY_BIAS, PAIR_BIAS, PAIR_GRAD, GROUP, HAS_SOFTCAP, D, SLOT_D, BLOCK_N, BLOCK_D,
                 ALIGNED_KV, TMA,
@@ -383,19 +376,19 @@ def grad_query_kernel(
             slots_k += row_offsets(i_batch, skb, ALIGNED_KV) + row_offsets(i_head, skh, ALIGNED_KV)
             slots_v += row_offsets(i_batch, svb, ALIGNED_KV) + row_offsets(i_head, svh, ALIGNED_KV)
         stride_member = num_lists.to(tl.int64) * num_slots
-        if SLOTS == "copied" and KEY_BIAS == "kv head":
-            ptr_slot_bias += slot_base
-        elif SLOTS == "copied" and KEY_BIAS == "head":
-            ptr_slot_bias += (i_local * GROUP * num_lists + i_list) * num_slots
-        elif PAIR_BIAS or KEY_BIAS != "none":
-            ALIGNED_BIAS: tl.constexpr = ROWS and PAIR_BIAS
-            ptr_bias += row_offsets(i_batch, sbb, ALIGNED_BIAS)
-            ptr_bias += row_offsets(i_head, sbk, ALIGNED_BIAS)
+        BIASES: tl.constexpr = GROUP if KEY_BIAS == "head" else 1
+        if KEY_BIAS != "none" and SLOTS == "keys":
+            stride_member = padded_keys(key_len).to(tl.int64)
+            ptr_slot_bias += tl.multiple_of(i_local * BIASES * stride_member, 128) + key_0
+        elif KEY_BIAS != "none":
+            slot_0 = (i_local * BIASES * num_lists + i_list) * num_slots
+            ptr_slot_bias += tl.multiple_of(slot_0, 128)
         if SHARED:
             # The rows of a query read one row of the bias.
             _, i_query, i_group = tile_rows(i_tile, 1, BLOCK_M // GROUP)
             mask_row = i_query < num
         if PAIR_BIAS:
+            ptr_bias += row_offsets(i_batch, sbb, ROWS) + row_offsets(i_head, sbk, ROWS)
             offs = row_offsets(i_group, sbg, ROWS) + row_offsets(first + i_query, sbq, ROWS)
             ptr_bias = ptr_bias + offs[:, None]
         if HAS_MASK:
@@ -416,7 +409,7 @@ def grad_query_kernel(
             tl.where(is_run, num_old, 0), num_new, old_slots, ptr_lists, at, i_query, i_group,
             mask_row, i_batch, i_head, runs_k, runs_v, slot_base, skn, svn, ptr_key, ptr_start,
             ptr_expiry, ptr_bits, word_0, num_words, num_slots, run_0, num_keys - run_0 + key_0,
-            ptr_slot_bias, ptr_bias, ptr_pairs, stride_member, sbg, sbn, ptr_mask, smn, scale,
+            ptr_slot_bias, ptr_bias, ptr_pairs, stride_member, sbn, ptr_mask, smn, scale,
             softcap, False, "run" if RUNS else SLOTS, HAS_MASK, ROWS, CLAMPS, MEMBERS, WORDS,
             KEY_BIAS, PAIR_BIAS, PAIR_GRAD, GROUP, HAS_SOFTCAP, D, SLOT_D, BLOCK_M, BLOCK_N,
             BLOCK_D, STAGES, ALIGNED_KV, TMA or RUNS,
@@ -429,7 +422,7 @@ def grad_query_kernel(
                     at, i_query, i_group, mask_row, i_batch, i_head, slots_k, slots_v, slot_base,
                     skn, svn, ptr_key, ptr_start, ptr_expiry, ptr_bits, word_0, num_words,
                     num_slots, key_0, num_keys, ptr_slot_bias, ptr_bias, ptr_pairs, stride_member,
-                    sbg, sbn, ptr_mask, smn, scale, softcap, HAS_MASK, SLOTS, HAS_MASK, ROWS,
+                    sbn, ptr_mask, smn, scale, softcap, HAS_MASK, SLOTS, HAS_MASK, ROWS,
                     CLAMPS, MEMBERS, WORDS, KEY_BIAS, PAIR_BIAS, PAIR_GRAD, GROUP, HAS_SOFTCAP, D,
                     SLOT_D, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, ALIGNED_KV, TMA,
                 )  # fmt: skip
@@ -496,4 +489,4 @@ def run_grad_query(
             GRAD_ALIGNED=is_aligned(saved.grad_out), TMA=uses_tma, RUNS=bool(runs[0]),
             **config.options,
         )  # fmt: skip
-    return slots.bias if len(chunks) == 1 else None
+    return slots.bias if len(chunks) == 1 and slots.are_copies else None

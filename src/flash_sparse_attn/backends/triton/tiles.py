@@ -63,6 +63,15 @@ def key_bounds(i_epoch, ptr_epochs, key_len, PACKED: tl.constexpr):
 
 
 @triton.jit
+def padded_keys(key_len):
+    """Entries of a row of biases in the order of keys: the last block of any sequence ends there.
+
+    A multiple of 128.
+    """
+    return (tl.cdiv(key_len, 128) + 1) * 128
+
+
+@triton.jit
 def count_prefix(ptr, length, value, bits, HOW: tl.constexpr, BLOCK: tl.constexpr):
     """How many of the leading `length` entries are ``"above"`` `value`, or ``"up to"`` it. [BLOCK].
 
