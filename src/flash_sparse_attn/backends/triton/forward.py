@@ -40,6 +40,7 @@ from .tiles import (
     hide,
     key_blocks,
     key_bounds,
+    last_key,
     load_rows,
     load_slots,
     log2_bias,
@@ -106,8 +107,11 @@ def _attend(
         offs = i_group.to(tl.int64) * stride_member
         scores += tl.load(ptr_slot_bias + offs[:, None] + slot[None, :])
     if HIDES and MASKED and not LISTED:
-        start, expiry = slot_intervals(ptr_start, ptr_expiry, slot, num_keys, SLOTS, CLAMPS)
-        sees = (start[None, :] <= at[:, None]) & (at[:, None] < expiry[None, :])
+        if SLOTS == "keys":
+            sees = slot[None, :] <= last_key(at, num_keys, CLAMPS)[:, None]
+        else:
+            start, expiry = slot_intervals(ptr_start, ptr_expiry, slot, num_keys, SLOTS, CLAMPS)
+            sees = (start[None, :] <= at[:, None]) & (at[:, None] < expiry[None, :])
         if HAS_MASK and not ROWS:
             sees &= mask_row[:, None]
             offs = (key.to(tl.int64) * smn)[None, :]

@@ -35,6 +35,7 @@ from .tiles import (
     hide,
     key_blocks,
     key_bounds,
+    last_key,
     load_grads,
     load_out,
     load_rows,
@@ -50,6 +51,7 @@ from .tiles import (
     store_rows,
     tile_blocks,
     tile_rows,
+    where_negative,
 )
 
 _INF = tl.constexpr(float("inf"))
@@ -95,8 +97,12 @@ def _add_block(
     if SLOTS != "copied" or PAIR_BIAS:
         key = slot_keys(ptr_key, slot, key_0, num_keys, SLOTS)
     if HIDES and MASKED and not LISTED:
-        start, expiry = slot_intervals(ptr_start, ptr_expiry, slot, num_keys, SLOTS, CLAMPS)
-        sees = (start[None, :] <= at[:, None]) & (at[:, None] < expiry[None, :])
+        if SLOTS == "keys":
+            last = last_key(at, num_keys, CLAMPS)[:, None]
+            sees = slot[None, :] <= last
+        else:
+            start, expiry = slot_intervals(ptr_start, ptr_expiry, slot, num_keys, SLOTS, CLAMPS)
+            sees = (start[None, :] <= at[:, None]) & (at[:, None] < expiry[None, :])
         if HAS_MASK and not ROWS:
             sees &= mask_row[:, None]
             offs = (key.to(tl.int64) * smn)[None, :]
@@ -144,6 +150,8 @@ def _add_block(
             scores, ptr_bits, slot, i_query, i_group, word_0, num_words, num_slots, MEMBERS, WORDS,
             False,
         )  # fmt: skip
+    elif HIDES and SLOTS == "keys" and not HAS_MASK:
+        scores = where_negative(slot[None, :] - last - 1, scores)
     elif HIDES:
         scores = tl.where(sees, scores, -_INF)
     probs = tl.exp2(scores - peak[:, None])  # times the row's share

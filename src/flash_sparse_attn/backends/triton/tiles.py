@@ -180,6 +180,12 @@ def slot_keys(ptr_key, slot, key_0, num_keys, SLOTS: tl.constexpr):
 
 
 @triton.jit
+def last_key(at, num_keys, CLAMPS: tl.constexpr):
+    """The last slot that each row sees where slots are the keys, negative for none. [M]."""
+    return tl.minimum(at, num_keys - 1) if not CLAMPS else at * 0 + (num_keys - 1)
+
+
+@triton.jit
 def slot_intervals(
     ptr_start, ptr_expiry, slot, num_keys, SLOTS: tl.constexpr, CLAMPS: tl.constexpr
 ):  # fmt: skip
@@ -266,23 +272,29 @@ def bits_see(
 
 
 @triton.jit
+def where_negative(sign, scores):
+    """Scores where the int32 `sign` is negative, else -inf, whatever they are.
+
+    By the bits of the numbers: LLVM packs the comparisons of a tile into vectors, one by one, and
+    unpacks them again.
+    """
+    seen = sign >> 31  # all bits or none
+    bits = (scores.to(tl.int32, bitcast=True) & seen) | (~seen & _MINUS_INF)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def hide(
     scores, ptr_bits, slot, i_query, i_group, word_0, num_words, num_slots,
     MEMBERS: tl.constexpr,
     WORDS: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """Scores with -inf, whatever they are, where a row does not see a slot; else as `bits_see`.
-
-    By the bits of the numbers: LLVM packs the comparisons of a tile into vectors, one by one, and
-    unpacks them again.
-    """
+    """Scores with -inf where a row does not see a slot; else as `bits_see`."""
     word = _words(
         ptr_bits, slot, i_query, i_group, word_0, num_words, num_slots, MEMBERS, WORDS, TRANSPOSED
     )
-    seen = (word << along_rows(~i_query & 31, TRANSPOSED)) >> 31  # all bits or none
-    bits = (scores.to(tl.int32, bitcast=True) & seen) | (~seen & _MINUS_INF)
-    return bits.to(tl.float32, bitcast=True)
+    return where_negative(word << along_rows(~i_query & 31, TRANSPOSED), scores)
 
 
 @triton.jit
