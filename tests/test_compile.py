@@ -166,7 +166,7 @@ def compiled(
     """
     arch, row, _ = TARGETS[target]
     tiles = _tiles(row, head_dim, name, slots, num_rows)
-    flags = ("ALIGNED", "ALIGNED_KV", "GRAD_ALIGNED", "HAS_NORM", "NEEDS_QUERY")
+    flags = ("ALIGNED", "ALIGNED_KV", "SHORT_KV", "GRAD_ALIGNED", "HAS_NORM", "NEEDS_QUERY")
     needs = ("NEEDS_KEY", "NEEDS_VALUE", "NEEDS_BIAS")
     constants = {
         "HEADS_KV": 8, "GROUP": 4, "GROUP_PAD": 1, "D": head_dim, "SLOT_D": head_dim,

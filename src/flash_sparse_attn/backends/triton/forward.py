@@ -20,6 +20,7 @@ from .block_lists import tile_lists
 from .config import TileConfig, architecture_of, keeps_rest, padded_head_dim, role_config, tiles_for
 from .inputs import (
     Call,
+    are_short,
     has_rows,
     is_aligned,
     mask_strides,
@@ -34,6 +35,7 @@ from .slots import run_sources, slot_chunks, slot_dim, slots_of, uses_descriptor
 from .tiles import (
     LOWEST,
     NUMBERS,
+    bias_offsets,
     epoch_bounds,
     for_heads,
     gathered_bias,
@@ -45,7 +47,6 @@ from .tiles import (
     load_slots,
     log2_bias,
     near_rows,
-    padded_keys,
     row_and_rest,
     row_offsets,
     scaled_scores,
@@ -98,7 +99,7 @@ def _attend(
         key = slot_keys(ptr_key, slot, key_0, num_keys, SLOTS)
     k = load_slots(
         slots_k, slot_base, block, key, key_0, i_batch, i_head, skn, SLOTS, D, SLOT_D, BLOCK_N,
-        BLOCK_D, ALIGNED_KV, TMA,
+        BLOCK_D, ALIGNED_KV, TMA, MASKED,
     )  # [N, D]  # fmt: skip
     scores, _ = scaled_scores(tl.dot(q, tl.trans(k)), scale, softcap, HAS_SOFTCAP)  # [M, N]
     if KEY_BIAS == "kv head":
@@ -140,15 +141,14 @@ def _attend(
         scores += log2_bias(bias)
     if HIDES and LISTED:
         scores = hide(
-            scores, ptr_bits, slot, i_query, i_group, word_0, num_words, num_slots, MEMBERS, WORDS,
-            False,
-        )  # fmt: skip
+            scores, ptr_bits, slot, i_query, i_group, word_0, num_words, num_slots, MEMBERS, WORDS
+        )
     elif HIDES:
         scores = tl.where(sees, scores, float("-inf"))
     probs, factor, peak, total = softmax_update(scores, peak, total)
     v = load_slots(
         slots_v, slot_base, block, key, key_0, i_batch, i_head, svn, SLOTS, D, SLOT_D, BLOCK_N,
-        BLOCK_D, ALIGNED_KV, TMA,
+        BLOCK_D, ALIGNED_KV, TMA, MASKED,
     )  # [N, D]  # fmt: skip
     if HIDES and CLEARS:
         v = tl.where((tl.max(sees.to(tl.int32), 0) > 0)[:, None], v, 0.0)
@@ -284,6 +284,7 @@ def forward_kernel(
     PACKED: tl.constexpr,
     ALIGNED: tl.constexpr,
     ALIGNED_KV: tl.constexpr,
+    SHORT_KV: tl.constexpr,
     TMA: tl.constexpr,
     RUNS: tl.constexpr,
 ):  # fmt: skip
@@ -342,16 +343,17 @@ def forward_kernel(
         ptr_expiry += plan_base
     elif SLOTS == "gathered":
         ptr_bits += plan_base * MEMBERS * num_words
+    if SHORT_KV:
+        skn, svn = skn.to(tl.int32), svn.to(tl.int32)
     if SLOTS != "copied" and not TMA:
         slots_k += row_offsets(i_batch, skb, ALIGNED_KV) + row_offsets(i_head, skh, ALIGNED_KV)
         slots_v += row_offsets(i_batch, svb, ALIGNED_KV) + row_offsets(i_head, svh, ALIGNED_KV)
-    stride_member = num_lists.to(tl.int64) * num_slots
-    BIASES: tl.constexpr = GROUP if KEY_BIAS == "head" else 1
-    if KEY_BIAS != "none" and SLOTS == "keys":
-        stride_member = padded_keys(key_len).to(tl.int64)
-        ptr_slot_bias += tl.multiple_of(i_local * BIASES * stride_member, 128) + key_0
-    elif KEY_BIAS != "none":
-        ptr_slot_bias += tl.multiple_of((i_local * BIASES * num_lists + i_list) * num_slots, 128)
+    stride_member = 0
+    if KEY_BIAS != "none":
+        offs_bias, stride_member = bias_offsets(
+            i_local, i_list, num_lists, num_slots, key_0, key_len, SLOTS, KEY_BIAS, GROUP
+        )
+        ptr_slot_bias += offs_bias
     if SHARED:
         # The rows of a query read one row of the bias.
         _, i_query, i_group = tile_rows(i_tile, 1, BLOCK_M // GROUP)
@@ -489,6 +491,7 @@ def forward(
             ROWS=has_rows(plan, call), SHARED=shares_bias(plan, call, config.block_m, group),
             WORDS=words_of_tile(config.block_m, group), **call.flags, HAS_NORM=with_norm,
             PACKED=plan.epochs is not None, ALIGNED=is_aligned(query),
-            ALIGNED_KV=is_aligned(key, value), TMA=uses_tma, RUNS=bool(runs[0]), **config.options,
+            ALIGNED_KV=is_aligned(key, value), SHORT_KV=are_short(key, value), TMA=uses_tma,
+            RUNS=bool(runs[0]), **config.options,
         )  # fmt: skip
     return out, lse, norm, out_rest

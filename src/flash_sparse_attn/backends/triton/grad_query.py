@@ -17,6 +17,7 @@ from .config import TileConfig, padded_head_dim
 from .inputs import (
     Call,
     Saved,
+    are_short,
     has_rows,
     is_aligned,
     mask_strides,
@@ -29,6 +30,7 @@ from .launch import launch
 from .slots import run_sources, slot_chunks, slot_dim, slots_of, uses_descriptors
 from .tiles import (
     NUMBERS,
+    bias_offsets,
     epoch_bounds,
     for_heads,
     gathered_bias,
@@ -42,7 +44,6 @@ from .tiles import (
     load_slots,
     log2_bias,
     near_rows,
-    padded_keys,
     row_and_rest,
     row_offsets,
     scaled_scores,
@@ -85,9 +86,8 @@ def _add_block(
 ):  # fmt: skip
     """Add the contribution of one block of slots to dQ, and store the gradient of its scores.
 
-    `pair`, `following` and `is_one` as in `forward.py`.
-
-    On demand keys that no row of the tile sees count as 0: such may hold anything.
+    `pair`, `following` and `is_one` as in `forward.py`. On demand keys that no row of the tile sees
+    count as 0: such may hold anything.
     """
     FETCHED: tl.constexpr = PAIR_BIAS and SLOTS == "gathered"
     LISTED: tl.constexpr = SLOTS == "gathered" or SLOTS == "run"
@@ -113,11 +113,11 @@ def _add_block(
         sees = sees & shown if MASKED else shown
     k = load_slots(
         slots_k, slot_base, block, key, key_0, i_batch, i_head, skn, SLOTS, D, SLOT_D, BLOCK_N,
-        BLOCK_D, ALIGNED_KV, TMA,
+        BLOCK_D, ALIGNED_KV, TMA, MASKED,
     )  # [N, D]  # fmt: skip
     v = load_slots(
         slots_v, slot_base, block, key, key_0, i_batch, i_head, svn, SLOTS, D, SLOT_D, BLOCK_N,
-        BLOCK_D, ALIGNED_KV, TMA,
+        BLOCK_D, ALIGNED_KV, TMA, MASKED,
     )  # [N, D]  # fmt: skip
     if HIDES and CLEARS:
         k = tl.where((tl.max(sees.to(tl.int32), 0) > 0)[:, None], k, 0.0)
@@ -147,9 +147,8 @@ def _add_block(
         scores += log2_bias(bias)
     if HIDES and LISTED:
         scores = hide(
-            scores, ptr_bits, slot, i_query, i_group, word_0, num_words, num_slots, MEMBERS, WORDS,
-            False,
-        )  # fmt: skip
+            scores, ptr_bits, slot, i_query, i_group, word_0, num_words, num_slots, MEMBERS, WORDS
+        )
     elif HIDES and SLOTS == "keys" and not HAS_MASK:
         scores = where_negative(slot[None, :] - last - 1, scores)
     elif HIDES:
@@ -306,6 +305,7 @@ def grad_query_kernel(
     PACKED: tl.constexpr,
     ALIGNED: tl.constexpr,
     ALIGNED_KV: tl.constexpr,
+    SHORT_KV: tl.constexpr,
     GRAD_ALIGNED: tl.constexpr,
     TMA: tl.constexpr,
     RUNS: tl.constexpr,
@@ -380,17 +380,17 @@ def grad_query_kernel(
             ptr_expiry += plan_base
         elif SLOTS == "gathered":
             ptr_bits += plan_base * MEMBERS * num_words
+        if SHORT_KV:
+            skn, svn = skn.to(tl.int32), svn.to(tl.int32)
         if SLOTS != "copied" and not TMA:
             slots_k += row_offsets(i_batch, skb, ALIGNED_KV) + row_offsets(i_head, skh, ALIGNED_KV)
             slots_v += row_offsets(i_batch, svb, ALIGNED_KV) + row_offsets(i_head, svh, ALIGNED_KV)
-        stride_member = num_lists.to(tl.int64) * num_slots
-        BIASES: tl.constexpr = GROUP if KEY_BIAS == "head" else 1
-        if KEY_BIAS != "none" and SLOTS == "keys":
-            stride_member = padded_keys(key_len).to(tl.int64)
-            ptr_slot_bias += tl.multiple_of(i_local * BIASES * stride_member, 128) + key_0
-        elif KEY_BIAS != "none":
-            slot_0 = (i_local * BIASES * num_lists + i_list) * num_slots
-            ptr_slot_bias += tl.multiple_of(slot_0, 128)
+        stride_member = 0
+        if KEY_BIAS != "none":
+            offs_bias, stride_member = bias_offsets(
+                i_local, i_list, num_lists, num_slots, key_0, key_len, SLOTS, KEY_BIAS, GROUP
+            )
+            ptr_slot_bias += offs_bias
         if SHARED:
             # The rows of a query read one row of the bias.
             _, i_query, i_group = tile_rows(i_tile, 1, BLOCK_M // GROUP)
@@ -494,7 +494,7 @@ def run_grad_query(
             WORDS=words_of_tile(config.block_m, group), **call.flags, PAIR_GRAD=pair_grad,
             NEEDS_QUERY=grad_query is not None, PACKED=plan.epochs is not None,
             ALIGNED=is_aligned(query), ALIGNED_KV=is_aligned(key, value),
-            GRAD_ALIGNED=is_aligned(saved.grad_out), TMA=uses_tma, RUNS=bool(runs[0]),
-            **config.options,
+            SHORT_KV=are_short(key, value), GRAD_ALIGNED=is_aligned(saved.grad_out), TMA=uses_tma,
+            RUNS=bool(runs[0]), **config.options,
         )  # fmt: skip
     return slots.bias if len(chunks) == 1 and slots.are_copies else None

@@ -153,7 +153,7 @@ class Slots:
             only the bias is copied.
         value: The same.
         bias: fp32 copies ``[rows, members, lists, P]`` in units of log 2, or ``None``; where slots
-            are the keys ``[rows, members, padded_keys(K)]``.
+            are the keys in the order of keys, a multiple of 128 with at least one block more.
         are_copies: Which of the two keys and values are.
     """
 

@@ -63,12 +63,23 @@ def key_bounds(i_epoch, ptr_epochs, key_len, PACKED: tl.constexpr):
 
 
 @triton.jit
-def padded_keys(key_len):
-    """Entries of a row of biases in the order of keys: the last block of any sequence ends there.
+def bias_offsets(
+    i_local, i_list, num_lists, num_slots, key_0, key_len,
+    SLOTS: tl.constexpr,
+    KEY_BIAS: tl.constexpr,
+    GROUP: tl.constexpr,
+):  # fmt: skip
+    """Where the copied bias of the slots of a list begins, and the step from head to head.
 
-    A multiple of 128.
+    Of keys in order all are in one list, with room for the last block of any sequence.
     """
-    return (tl.cdiv(key_len, 128) + 1) * 128
+    MEMBERS: tl.constexpr = GROUP if KEY_BIAS == "head" else 1
+    if SLOTS == "keys":
+        stride = (tl.cdiv(key_len, 128) + 1).to(tl.int64) * 128
+        return tl.multiple_of(i_local * MEMBERS * stride, 128) + key_0, stride
+    else:
+        offs = (i_local * MEMBERS * num_lists + i_list) * num_slots
+        return tl.multiple_of(offs, 128), num_lists.to(tl.int64) * num_slots
 
 
 @triton.jit
@@ -150,11 +161,13 @@ def load_slots(
     BLOCK_D: tl.constexpr,
     ALIGNED: tl.constexpr,
     TMA: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """A block of keys or values ``[BLOCK_N, BLOCK_D]``, zeros in columns past the last.
 
     Copied slots are read from the copies, slots that are the keys from `key_0` on through a
-    descriptor of ``[B, K, Hkv, D]`` if there is one, others row by row.
+    descriptor of ``[B, K, Hkv, D]`` if there is one, others row by row: offsets have the type of
+    `stride`, and only blocks that are `MASKED` have slots without a key.
     """
     if SLOTS == "copied":
         row_0 = slot_base + block * BLOCK_N
@@ -167,7 +180,10 @@ def load_slots(
         rows = source.load([i_batch.to(tl.int32), key_0 + block * BLOCK_N, i_head.to(tl.int32), 0])
         return rows.reshape(BLOCK_N, BLOCK_D)
     else:
-        return load_rows(source, row_offsets(key, stride, ALIGNED), key >= 0, D, BLOCK_D, True)
+        offs = key.to(stride.dtype) * stride
+        if ALIGNED:
+            offs = tl.multiple_of(offs, 8)
+        return load_rows(source, offs, key >= 0, D, BLOCK_D, MASKED)
 
 
 @triton.jit
@@ -288,7 +304,7 @@ def hide(
     scores, ptr_bits, slot, i_query, i_group, word_0, num_words, num_slots,
     MEMBERS: tl.constexpr,
     WORDS: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
+    TRANSPOSED: tl.constexpr = False,
 ):  # fmt: skip
     """Scores with -inf where a row does not see a slot; else as `bits_see`."""
     word = _words(
