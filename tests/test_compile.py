@@ -74,8 +74,11 @@ def signature(kernel: Any, constants: dict[str, Any]) -> tuple[dict, dict, dict]
     tile = (1, constants["BLOCK_M"] // constants["GROUP"], constants["GROUP"], constants["BLOCK_D"])
     absent = ["ptr_epochs", "ptr_pairs", *([] if constants["HAS_MASK"] else ["ptr_mask"])]
     absent += [] if constants["RUNS"] else ["runs_k", "runs_v"]
-    copied = ("ptr_start", "ptr_expiry", "ptr_visible", "ptr_entered", "ptr_slot_bias")
-    if constants["SLOTS"] == "copied":
+    copied = ("ptr_start", "ptr_expiry", "ptr_visible", "ptr_entered")
+    is_copied = constants["SLOTS"] == "copied"
+    if constants["KEY_BIAS"] == "none" or (kernel is grad_key_kernel and not is_copied):
+        absent += ["ptr_slot_bias"]
+    if is_copied:
         absent += ["ptr_bits", "ptr_lists", "ptr_bias"]
     elif constants["SLOTS"] == "gathered":
         absent += copied
@@ -163,7 +166,7 @@ def compiled(
     """
     arch, row, _ = TARGETS[target]
     tiles = _tiles(row, head_dim, name, slots, num_rows)
-    flags = ("ALIGNED", "ALIGNED_KV", "GRAD_ALIGNED", "HAS_NORM", "NEEDS_QUERY")
+    flags = ("ALIGNED", "ALIGNED_KV", "SHORT_KV", "GRAD_ALIGNED", "HAS_NORM", "NEEDS_QUERY")
     needs = ("NEEDS_KEY", "NEEDS_VALUE", "NEEDS_BIAS")
     constants = {
         "HEADS_KV": 8, "GROUP": 4, "GROUP_PAD": 1, "D": head_dim, "SLOT_D": head_dim,

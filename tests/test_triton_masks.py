@@ -17,7 +17,7 @@ from flash_sparse_attn.backends.triton import config, mask_ops, masks
 from flash_sparse_attn.backends.triton.backward import Needs, backward
 from flash_sparse_attn.backends.triton.config import TileConfig, Tiles
 from flash_sparse_attn.backends.triton.forward import forward
-from flash_sparse_attn.backends.triton.inputs import Bias, Call
+from flash_sparse_attn.backends.triton.inputs import Bias, Call, are_short
 from flash_sparse_attn.backends.triton.masks import MaskLayout
 from flash_sparse_attn.backends.triton.plan_mask import plan_mask, plan_packed
 from flash_sparse_attn.plan import Plan
@@ -372,6 +372,24 @@ def test_tiles_of_other_epochs() -> None:
     query = query.clone()
     query[:, 32:64] = torch.nan
     assert all(torch.equal(*pair) for pair in zip(run(query), expected, strict=True))
+
+
+@pytest.mark.parametrize("name", ["bits, sparse", "keys, no bias"])
+def test_offsets_of_64_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of rows that do not lie within 32 bits of the first."""
+    long = torch.empty_strided((1, 3, 1, 16), (0, 1 << 30, 0, 1), device="meta")
+    assert not are_short(long) and are_short(long[:, :2])
+    used = []
+
+    def are_long(*tensors: Tensor) -> bool:
+        used.append(tensors)
+        return False
+
+    for module in ("forward", "grad_query"):
+        path = f"flash_sparse_attn.backends.triton.{module}"
+        monkeypatch.setattr(importlib.import_module(path), "are_short", are_long)
+    check(CASES[name])
+    assert len(used) == 2
 
 
 @pytest.mark.parametrize("keys", [64, 70])

@@ -20,6 +20,7 @@ from .block_lists import tile_lists
 from .config import TileConfig, architecture_of, keeps_rest, padded_head_dim, role_config, tiles_for
 from .inputs import (
     Call,
+    are_short,
     has_rows,
     is_aligned,
     mask_strides,
@@ -34,12 +35,14 @@ from .slots import run_sources, slot_chunks, slot_dim, slots_of, uses_descriptor
 from .tiles import (
     LOWEST,
     NUMBERS,
-    bits_see,
+    bias_offsets,
     epoch_bounds,
     for_heads,
     gathered_bias,
+    hide,
     key_blocks,
     key_bounds,
+    last_key,
     load_rows,
     load_slots,
     log2_bias,
@@ -60,7 +63,7 @@ from .tiles import (
 def _attend(
     q, peak, total, acc, pair, block, following, is_one, at, i_query, i_group, mask_row, i_batch,
     i_head, slots_k, slots_v, slot_base, skn, svn, ptr_key, ptr_start, ptr_expiry, ptr_bits, word_0,
-    num_words, num_slots, key_0, num_keys, ptr_slot_bias, ptr_bias, stride_member, sbg, sbn,
+    num_words, num_slots, key_0, num_keys, ptr_slot_bias, ptr_bias, stride_member, sbn,
     ptr_mask, smn, scale, softcap,
     MASKED: tl.constexpr,
     CLEARS: tl.constexpr,
@@ -96,35 +99,24 @@ def _attend(
         key = slot_keys(ptr_key, slot, key_0, num_keys, SLOTS)
     k = load_slots(
         slots_k, slot_base, block, key, key_0, i_batch, i_head, skn, SLOTS, D, SLOT_D, BLOCK_N,
-        BLOCK_D, ALIGNED_KV, TMA,
+        BLOCK_D, ALIGNED_KV, TMA, MASKED,
     )  # [N, D]  # fmt: skip
     scores, _ = scaled_scores(tl.dot(q, tl.trans(k)), scale, softcap, HAS_SOFTCAP)  # [M, N]
     if KEY_BIAS == "kv head":
-        if SLOTS == "copied":
-            scores += tl.load(ptr_slot_bias + slot)[None, :]
-        else:
-            bias = tl.load(ptr_bias + key.to(tl.int64) * sbn, mask=key >= 0, other=0.0)
-            scores += log2_bias(bias)[None, :]
+        scores += tl.load(ptr_slot_bias + slot)[None, :]
     elif KEY_BIAS == "head":
-        if SLOTS == "copied":
-            offs = i_group.to(tl.int64) * stride_member
-            scores += tl.load(ptr_slot_bias + offs[:, None] + slot[None, :])
-        else:
-            offs = (i_group * sbg)[:, None] + (key.to(tl.int64) * sbn)[None, :]
-            scores += log2_bias(tl.load(ptr_bias + offs, mask=(key >= 0)[None, :], other=0.0))
-    if HIDES and MASKED:
-        if LISTED:
-            sees = bits_see(
-                ptr_bits, slot, i_query, i_group, word_0, num_words, num_slots, MEMBERS, WORDS,
-                False,
-            )  # fmt: skip
+        offs = i_group.to(tl.int64) * stride_member
+        scores += tl.load(ptr_slot_bias + offs[:, None] + slot[None, :])
+    if HIDES and MASKED and not LISTED:
+        if SLOTS == "keys":
+            sees = slot[None, :] <= last_key(at, num_keys, CLAMPS)[:, None]
         else:
             start, expiry = slot_intervals(ptr_start, ptr_expiry, slot, num_keys, SLOTS, CLAMPS)
             sees = (start[None, :] <= at[:, None]) & (at[:, None] < expiry[None, :])
-            if HAS_MASK and not ROWS:
-                sees &= mask_row[:, None]
-                offs = (key.to(tl.int64) * smn)[None, :]
-                sees &= tl.load(ptr_mask + offs, mask=sees, other=0) != 0
+        if HAS_MASK and not ROWS:
+            sees &= mask_row[:, None]
+            offs = (key.to(tl.int64) * smn)[None, :]
+            sees &= tl.load(ptr_mask + offs, mask=sees, other=0) != 0
     if HAS_MASK and ROWS:
         near = near_rows(slot, at, mask_row, num_keys, MASKED, CLAMPS, False)
         shown = tl.load(ptr_mask + slot[None, :], mask=near, other=0) != 0
@@ -147,12 +139,16 @@ def _attend(
                 seen &= sees
             bias = tl.load(ptr_bias + (key.to(tl.int64) * sbn)[None, :], mask=seen, other=0.0)
         scores += log2_bias(bias)
-    if HIDES:
+    if HIDES and LISTED:
+        scores = hide(
+            scores, ptr_bits, slot, i_query, i_group, word_0, num_words, num_slots, MEMBERS, WORDS
+        )
+    elif HIDES:
         scores = tl.where(sees, scores, float("-inf"))
     probs, factor, peak, total = softmax_update(scores, peak, total)
     v = load_slots(
         slots_v, slot_base, block, key, key_0, i_batch, i_head, svn, SLOTS, D, SLOT_D, BLOCK_N,
-        BLOCK_D, ALIGNED_KV, TMA,
+        BLOCK_D, ALIGNED_KV, TMA, MASKED,
     )  # [N, D]  # fmt: skip
     if HIDES and CLEARS:
         v = tl.where((tl.max(sees.to(tl.int32), 0) > 0)[:, None], v, 0.0)
@@ -164,8 +160,8 @@ def _attend(
 def _walk(
     q, num_full, num_old, num_new, old_slots, ptr_lists, at, i_query, i_group, mask_row, i_batch,
     i_head, slots_k, slots_v, slot_base, skn, svn, ptr_key, ptr_start, ptr_expiry, ptr_bits,
-    word_0, num_words, num_slots, key_0, num_keys, ptr_slot_bias, ptr_bias, stride_member, sbg,
-    sbn, ptr_mask, smn, scale, softcap,
+    word_0, num_words, num_slots, key_0, num_keys, ptr_slot_bias, ptr_bias, stride_member, sbn,
+    ptr_mask, smn, scale, softcap,
     CLEARS: tl.constexpr,
     SLOTS: tl.constexpr,
     HAS_MASK: tl.constexpr,
@@ -208,7 +204,7 @@ def _walk(
                 q, peak, total, acc, pair, block, following, i + 1 < num_full, at, i_query, i_group,
                 mask_row, i_batch, i_head, slots_k, slots_v, slot_base, skn, svn, ptr_key,
                 ptr_start, ptr_expiry, ptr_bits, word_0, num_words, num_slots, key_0, num_keys,
-                ptr_slot_bias, ptr_bias, stride_member, sbg, sbn, ptr_mask, smn, scale, softcap,
+                ptr_slot_bias, ptr_bias, stride_member, sbn, ptr_mask, smn, scale, softcap,
                 False, CLEARS, SLOTS, HAS_MASK, ROWS, CLAMPS, MEMBERS, WORDS, KEY_BIAS, PAIR_BIAS,
                 HAS_SOFTCAP, D, SLOT_D, BLOCK_N, BLOCK_D, ALIGNED_KV, TMA,
             )  # fmt: skip
@@ -234,7 +230,7 @@ def _walk(
                 q, peak, total, acc, pair, block, following, i + 1 < num_border, at, i_query,
                 i_group, mask_row, i_batch, i_head, slots_k, slots_v, slot_base, skn, svn, ptr_key,
                 ptr_start, ptr_expiry, ptr_bits, word_0, num_words, num_slots, key_0, num_keys,
-                ptr_slot_bias, ptr_bias, stride_member, sbg, sbn, ptr_mask, smn, scale, softcap,
+                ptr_slot_bias, ptr_bias, stride_member, sbn, ptr_mask, smn, scale, softcap,
                 True, CLEARS, SLOTS, HAS_MASK, ROWS, CLAMPS, MEMBERS, WORDS, KEY_BIAS, PAIR_BIAS,
                 HAS_SOFTCAP, D, SLOT_D, BLOCK_N, BLOCK_D, ALIGNED_KV, TMA,
             )  # fmt: skip
@@ -288,6 +284,7 @@ def forward_kernel(
     PACKED: tl.constexpr,
     ALIGNED: tl.constexpr,
     ALIGNED_KV: tl.constexpr,
+    SHORT_KV: tl.constexpr,
     TMA: tl.constexpr,
     RUNS: tl.constexpr,
 ):  # fmt: skip
@@ -346,23 +343,23 @@ def forward_kernel(
         ptr_expiry += plan_base
     elif SLOTS == "gathered":
         ptr_bits += plan_base * MEMBERS * num_words
+    if SHORT_KV:
+        skn, svn = skn.to(tl.int32), svn.to(tl.int32)
     if SLOTS != "copied" and not TMA:
         slots_k += row_offsets(i_batch, skb, ALIGNED_KV) + row_offsets(i_head, skh, ALIGNED_KV)
         slots_v += row_offsets(i_batch, svb, ALIGNED_KV) + row_offsets(i_head, svh, ALIGNED_KV)
-    stride_member = num_lists.to(tl.int64) * num_slots
-    if SLOTS == "copied" and KEY_BIAS == "kv head":
-        ptr_slot_bias += slot_base
-    elif SLOTS == "copied" and KEY_BIAS == "head":
-        ptr_slot_bias += (i_local * GROUP * num_lists + i_list) * num_slots
-    elif PAIR_BIAS or KEY_BIAS != "none":
-        ALIGNED_BIAS: tl.constexpr = ROWS and PAIR_BIAS
-        ptr_bias += row_offsets(i_batch, sbb, ALIGNED_BIAS)
-        ptr_bias += row_offsets(i_head, sbk, ALIGNED_BIAS)
+    stride_member = 0
+    if KEY_BIAS != "none":
+        offs_bias, stride_member = bias_offsets(
+            i_local, i_list, num_lists, num_slots, key_0, key_len, SLOTS, KEY_BIAS, GROUP
+        )
+        ptr_slot_bias += offs_bias
     if SHARED:
         # The rows of a query read one row of the bias.
         _, i_query, i_group = tile_rows(i_tile, 1, BLOCK_M // GROUP)
         mask_row = i_query < num
     if PAIR_BIAS:
+        ptr_bias += row_offsets(i_batch, sbb, ROWS) + row_offsets(i_head, sbk, ROWS)
         offs = row_offsets(i_group, sbg, ROWS) + row_offsets(first + i_query, sbq, ROWS)
         ptr_bias = ptr_bias + offs[:, None]
     if HAS_MASK:
@@ -380,7 +377,7 @@ def forward_kernel(
         q, tl.where(is_run, num_full, 0), tl.where(is_run, num_old, 0), num_new, old_slots,
         ptr_lists, at, i_query, i_group, mask_row, i_batch, i_head, runs_k, runs_v, slot_base, skn,
         svn, ptr_key, ptr_start, ptr_expiry, ptr_bits, word_0, num_words, num_slots, run_0,
-        num_keys - run_0 + key_0, ptr_slot_bias, ptr_bias, stride_member, sbg, sbn, ptr_mask, smn,
+        num_keys - run_0 + key_0, ptr_slot_bias, ptr_bias, stride_member, sbn, ptr_mask, smn,
         scale, softcap, False, "run" if RUNS else SLOTS, HAS_MASK, ROWS, CLAMPS, MEMBERS, WORDS,
         KEY_BIAS, PAIR_BIAS, HAS_SOFTCAP, D, SLOT_D, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, ALIGNED_KV,
         TMA or RUNS,
@@ -392,7 +389,7 @@ def forward_kernel(
                 q, num_full, num_old, num_new, old_slots, ptr_lists, at, i_query, i_group, mask_row,
                 i_batch, i_head, slots_k, slots_v, slot_base, skn, svn, ptr_key, ptr_start,
                 ptr_expiry, ptr_bits, word_0, num_words, num_slots, key_0, num_keys, ptr_slot_bias,
-                ptr_bias, stride_member, sbg, sbn, ptr_mask, smn, scale, softcap, HAS_MASK, SLOTS,
+                ptr_bias, stride_member, sbn, ptr_mask, smn, scale, softcap, HAS_MASK, SLOTS,
                 HAS_MASK, ROWS, CLAMPS, MEMBERS, WORDS, KEY_BIAS, PAIR_BIAS, HAS_SOFTCAP, D,
                 SLOT_D, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, ALIGNED_KV, TMA,
             )  # fmt: skip
@@ -494,6 +491,7 @@ def forward(
             ROWS=has_rows(plan, call), SHARED=shares_bias(plan, call, config.block_m, group),
             WORDS=words_of_tile(config.block_m, group), **call.flags, HAS_NORM=with_norm,
             PACKED=plan.epochs is not None, ALIGNED=is_aligned(query),
-            ALIGNED_KV=is_aligned(key, value), TMA=uses_tma, RUNS=bool(runs[0]), **config.options,
+            ALIGNED_KV=is_aligned(key, value), SHORT_KV=are_short(key, value), TMA=uses_tma,
+            RUNS=bool(runs[0]), **config.options,
         )  # fmt: skip
     return out, lse, norm, out_rest

@@ -37,9 +37,9 @@ from .slots import slots_of
 from .tiles import (
     NUMBERS,
     bias_of_tile,
-    bits_see,
     epoch_bounds,
     for_heads,
+    hide,
     key_bounds,
     load_grads,
     load_rows,
@@ -132,25 +132,18 @@ def _add_tile(
         else:
             offs = (key.to(tl.int64) * sbn)[:, None] + (i_group * sbg)[None, :]
             scores += log2_bias(tl.load(ptr_bias + offs, mask=(key >= 0)[:, None], other=0.0))
-    if HIDES:
-        if SLOTS == "gathered":
-            word_0 = i_tile * BLOCK_M // GROUP // 32
-            sees = bits_see(
-                ptr_bits, slot, i_query, i_group, word_0, num_words, num_slots, MEMBERS, WORDS,
-                True,
-            )  # fmt: skip
-        else:
-            sees = (start[:, None] <= at[None, :]) & (at[None, :] < expiry[:, None])
-            if HAS_MASK:
-                sees &= mask_row[None, :]
-                offs = row_offsets(i_group, smg, ROWS) + row_offsets(first + i_query, smq, ROWS)
-                if ROWS:
-                    near = near_rows(slot, at, mask_row, num_keys, MASKED, CLAMPS, True)
-                    offs = offs[None, :] + slot[:, None]
-                    sees &= tl.load(ptr_mask + offs, mask=near, other=0) != 0
-                else:
-                    offs = (key.to(tl.int64) * smn)[:, None] + offs[None, :]
-                    sees &= tl.load(ptr_mask + offs, mask=sees, other=0) != 0
+    if HIDES and SLOTS != "gathered":
+        sees = (start[:, None] <= at[None, :]) & (at[None, :] < expiry[:, None])
+        if HAS_MASK:
+            sees &= mask_row[None, :]
+            offs = row_offsets(i_group, smg, ROWS) + row_offsets(first + i_query, smq, ROWS)
+            if ROWS:
+                near = near_rows(slot, at, mask_row, num_keys, MASKED, CLAMPS, True)
+                offs = offs[None, :] + slot[:, None]
+                sees &= tl.load(ptr_mask + offs, mask=near, other=0) != 0
+            else:
+                offs = (key.to(tl.int64) * smn)[:, None] + offs[None, :]
+                sees &= tl.load(ptr_mask + offs, mask=sees, other=0) != 0
     if FETCHED:
         read = for_heads(pair, GROUP if SHARED else 1, True)
         scores = tl.where(read == -_INF, -_INF, scores + log2_bias(read))
@@ -170,7 +163,12 @@ def _add_tile(
             offs = (key.to(tl.int64) * sbn)[:, None] + offs[None, :]
             read = tl.load(ptr_bias + offs, mask=seen, other=0.0)
         scores += log2_bias(read)
-    if HIDES:
+    if HIDES and SLOTS == "gathered":
+        scores = hide(
+            scores, ptr_bits, slot, i_query, i_group, i_tile * BLOCK_M // GROUP // 32, num_words,
+            num_slots, MEMBERS, WORDS, True,
+        )  # fmt: skip
+    elif HIDES:
         scores = tl.where(sees, scores, -_INF)
     probs = tl.exp2(scores - peak[None, :]) * share[None, :]
     if NEEDS_VALUE:

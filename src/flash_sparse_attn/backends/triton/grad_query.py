@@ -17,6 +17,7 @@ from .config import TileConfig, padded_head_dim
 from .inputs import (
     Call,
     Saved,
+    are_short,
     has_rows,
     is_aligned,
     mask_strides,
@@ -29,12 +30,14 @@ from .launch import launch
 from .slots import run_sources, slot_chunks, slot_dim, slots_of, uses_descriptors
 from .tiles import (
     NUMBERS,
-    bits_see,
+    bias_offsets,
     epoch_bounds,
     for_heads,
     gathered_bias,
+    hide,
     key_blocks,
     key_bounds,
+    last_key,
     load_grads,
     load_out,
     load_rows,
@@ -49,6 +52,7 @@ from .tiles import (
     store_rows,
     tile_blocks,
     tile_rows,
+    where_negative,
 )
 
 _INF = tl.constexpr(float("inf"))
@@ -59,7 +63,7 @@ def _add_block(
     q, grad, peak, share, delta, acc, pair, block, following, is_one, at, i_query, i_group,
     mask_row, i_batch, i_head, slots_k, slots_v, slot_base, skn, svn, ptr_key, ptr_start,
     ptr_expiry, ptr_bits, word_0, num_words, num_slots, key_0, num_keys, ptr_slot_bias, ptr_bias,
-    ptr_pairs, stride_member, sbg, sbn, ptr_mask, smn, scale, softcap,
+    ptr_pairs, stride_member, sbn, ptr_mask, smn, scale, softcap,
     MASKED: tl.constexpr,
     CLEARS: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -82,9 +86,8 @@ def _add_block(
 ):  # fmt: skip
     """Add the contribution of one block of slots to dQ, and store the gradient of its scores.
 
-    `pair`, `following` and `is_one` as in `forward.py`.
-
-    On demand keys that no row of the tile sees count as 0: such may hold anything.
+    `pair`, `following` and `is_one` as in `forward.py`. On demand keys that no row of the tile sees
+    count as 0: such may hold anything.
     """
     FETCHED: tl.constexpr = PAIR_BIAS and SLOTS == "gathered"
     LISTED: tl.constexpr = SLOTS == "gathered" or SLOTS == "run"
@@ -93,47 +96,37 @@ def _add_block(
     key = slot
     if SLOTS != "copied" or PAIR_BIAS:
         key = slot_keys(ptr_key, slot, key_0, num_keys, SLOTS)
-    if HIDES and MASKED:
-        if LISTED:
-            sees = bits_see(
-                ptr_bits, slot, i_query, i_group, word_0, num_words, num_slots, MEMBERS, WORDS,
-                False,
-            )  # fmt: skip
+    if HIDES and MASKED and not LISTED:
+        if SLOTS == "keys":
+            last = last_key(at, num_keys, CLAMPS)[:, None]
+            sees = slot[None, :] <= last
         else:
             start, expiry = slot_intervals(ptr_start, ptr_expiry, slot, num_keys, SLOTS, CLAMPS)
             sees = (start[None, :] <= at[:, None]) & (at[:, None] < expiry[None, :])
-            if HAS_MASK and not ROWS:
-                sees &= mask_row[:, None]
-                offs = (key.to(tl.int64) * smn)[None, :]
-                sees &= tl.load(ptr_mask + offs, mask=sees, other=0) != 0
+        if HAS_MASK and not ROWS:
+            sees &= mask_row[:, None]
+            offs = (key.to(tl.int64) * smn)[None, :]
+            sees &= tl.load(ptr_mask + offs, mask=sees, other=0) != 0
     if HAS_MASK and ROWS:
         near = near_rows(slot, at, mask_row, num_keys, MASKED, CLAMPS, False)
         shown = tl.load(ptr_mask + slot[None, :], mask=near, other=0) != 0
         sees = sees & shown if MASKED else shown
     k = load_slots(
         slots_k, slot_base, block, key, key_0, i_batch, i_head, skn, SLOTS, D, SLOT_D, BLOCK_N,
-        BLOCK_D, ALIGNED_KV, TMA,
+        BLOCK_D, ALIGNED_KV, TMA, MASKED,
     )  # [N, D]  # fmt: skip
     v = load_slots(
         slots_v, slot_base, block, key, key_0, i_batch, i_head, svn, SLOTS, D, SLOT_D, BLOCK_N,
-        BLOCK_D, ALIGNED_KV, TMA,
+        BLOCK_D, ALIGNED_KV, TMA, MASKED,
     )  # [N, D]  # fmt: skip
     if HIDES and CLEARS:
         k = tl.where((tl.max(sees.to(tl.int32), 0) > 0)[:, None], k, 0.0)
     scores, tanh = scaled_scores(tl.dot(q, tl.trans(k)), scale, softcap, HAS_SOFTCAP)  # [M, N]
     if KEY_BIAS == "kv head":
-        if SLOTS == "copied":
-            scores += tl.load(ptr_slot_bias + slot)[None, :]
-        else:
-            bias = tl.load(ptr_bias + key.to(tl.int64) * sbn, mask=key >= 0, other=0.0)
-            scores += log2_bias(bias)[None, :]
+        scores += tl.load(ptr_slot_bias + slot)[None, :]
     elif KEY_BIAS == "head":
-        if SLOTS == "copied":
-            offs = i_group.to(tl.int64) * stride_member
-            scores += tl.load(ptr_slot_bias + offs[:, None] + slot[None, :])
-        else:
-            offs = (i_group * sbg)[:, None] + (key.to(tl.int64) * sbn)[None, :]
-            scores += log2_bias(tl.load(ptr_bias + offs, mask=(key >= 0)[None, :], other=0.0))
+        offs = i_group.to(tl.int64) * stride_member
+        scores += tl.load(ptr_slot_bias + offs[:, None] + slot[None, :])
     if FETCHED:
         read = for_heads(pair, scores.shape[0] // pair.shape[0], False)
         scores = tl.where(read == -_INF, -_INF, scores + log2_bias(read))
@@ -152,7 +145,13 @@ def _add_block(
                 seen &= sees
             bias = tl.load(ptr_bias + (key.to(tl.int64) * sbn)[None, :], mask=seen, other=0.0)
         scores += log2_bias(bias)
-    if HIDES:
+    if HIDES and LISTED:
+        scores = hide(
+            scores, ptr_bits, slot, i_query, i_group, word_0, num_words, num_slots, MEMBERS, WORDS
+        )
+    elif HIDES and SLOTS == "keys" and not HAS_MASK:
+        scores = where_negative(slot[None, :] - last - 1, scores)
+    elif HIDES:
         scores = tl.where(sees, scores, -_INF)
     probs = tl.exp2(scores - peak[:, None])  # times the row's share
     if PAIR_GRAD != "none":
@@ -177,7 +176,7 @@ def _walk(
     q, grad, peak, share, delta, num_full, num_old, num_new, old_slots, ptr_lists, at, i_query,
     i_group, mask_row, i_batch, i_head, slots_k, slots_v, slot_base, skn, svn, ptr_key, ptr_start,
     ptr_expiry, ptr_bits, word_0, num_words, num_slots, key_0, num_keys, ptr_slot_bias, ptr_bias,
-    ptr_pairs, stride_member, sbg, sbn, ptr_mask, smn, scale, softcap,
+    ptr_pairs, stride_member, sbn, ptr_mask, smn, scale, softcap,
     CLEARS: tl.constexpr,
     SLOTS: tl.constexpr,
     HAS_MASK: tl.constexpr,
@@ -219,7 +218,7 @@ def _walk(
                 q, grad, peak, share, delta, acc, pair, block, following, i + 1 < num_full, at,
                 i_query, i_group, mask_row, i_batch, i_head, slots_k, slots_v, slot_base, skn, svn,
                 ptr_key, ptr_start, ptr_expiry, ptr_bits, word_0, num_words, num_slots, key_0,
-                num_keys, ptr_slot_bias, ptr_bias, ptr_pairs, stride_member, sbg, sbn, ptr_mask,
+                num_keys, ptr_slot_bias, ptr_bias, ptr_pairs, stride_member, sbn, ptr_mask,
                 smn, scale, softcap, False, CLEARS, SLOTS, HAS_MASK, ROWS, CLAMPS, MEMBERS, WORDS,
                 KEY_BIAS, PAIR_BIAS, PAIR_GRAD, GROUP, HAS_SOFTCAP, D, SLOT_D, BLOCK_N, BLOCK_D,
                 ALIGNED_KV, TMA,
@@ -245,7 +244,7 @@ def _walk(
                 q, grad, peak, share, delta, acc, pair, block, following, i + 1 < num_border, at,
                 i_query, i_group, mask_row, i_batch, i_head, slots_k, slots_v, slot_base, skn, svn,
                 ptr_key, ptr_start, ptr_expiry, ptr_bits, word_0, num_words, num_slots, key_0,
-                num_keys, ptr_slot_bias, ptr_bias, ptr_pairs, stride_member, sbg, sbn, ptr_mask,
+                num_keys, ptr_slot_bias, ptr_bias, ptr_pairs, stride_member, sbn, ptr_mask,
                 smn, scale, softcap, True, CLEARS, SLOTS, HAS_MASK, ROWS, CLAMPS, MEMBERS, WORDS,
                 KEY_BIAS, PAIR_BIAS, PAIR_GRAD, GROUP, HAS_SOFTCAP, D, SLOT_D, BLOCK_N, BLOCK_D,
                 ALIGNED_KV, TMA,
@@ -306,6 +305,7 @@ def grad_query_kernel(
     PACKED: tl.constexpr,
     ALIGNED: tl.constexpr,
     ALIGNED_KV: tl.constexpr,
+    SHORT_KV: tl.constexpr,
     GRAD_ALIGNED: tl.constexpr,
     TMA: tl.constexpr,
     RUNS: tl.constexpr,
@@ -380,23 +380,23 @@ def grad_query_kernel(
             ptr_expiry += plan_base
         elif SLOTS == "gathered":
             ptr_bits += plan_base * MEMBERS * num_words
+        if SHORT_KV:
+            skn, svn = skn.to(tl.int32), svn.to(tl.int32)
         if SLOTS != "copied" and not TMA:
             slots_k += row_offsets(i_batch, skb, ALIGNED_KV) + row_offsets(i_head, skh, ALIGNED_KV)
             slots_v += row_offsets(i_batch, svb, ALIGNED_KV) + row_offsets(i_head, svh, ALIGNED_KV)
-        stride_member = num_lists.to(tl.int64) * num_slots
-        if SLOTS == "copied" and KEY_BIAS == "kv head":
-            ptr_slot_bias += slot_base
-        elif SLOTS == "copied" and KEY_BIAS == "head":
-            ptr_slot_bias += (i_local * GROUP * num_lists + i_list) * num_slots
-        elif PAIR_BIAS or KEY_BIAS != "none":
-            ALIGNED_BIAS: tl.constexpr = ROWS and PAIR_BIAS
-            ptr_bias += row_offsets(i_batch, sbb, ALIGNED_BIAS)
-            ptr_bias += row_offsets(i_head, sbk, ALIGNED_BIAS)
+        stride_member = 0
+        if KEY_BIAS != "none":
+            offs_bias, stride_member = bias_offsets(
+                i_local, i_list, num_lists, num_slots, key_0, key_len, SLOTS, KEY_BIAS, GROUP
+            )
+            ptr_slot_bias += offs_bias
         if SHARED:
             # The rows of a query read one row of the bias.
             _, i_query, i_group = tile_rows(i_tile, 1, BLOCK_M // GROUP)
             mask_row = i_query < num
         if PAIR_BIAS:
+            ptr_bias += row_offsets(i_batch, sbb, ROWS) + row_offsets(i_head, sbk, ROWS)
             offs = row_offsets(i_group, sbg, ROWS) + row_offsets(first + i_query, sbq, ROWS)
             ptr_bias = ptr_bias + offs[:, None]
         if HAS_MASK:
@@ -417,7 +417,7 @@ def grad_query_kernel(
             tl.where(is_run, num_old, 0), num_new, old_slots, ptr_lists, at, i_query, i_group,
             mask_row, i_batch, i_head, runs_k, runs_v, slot_base, skn, svn, ptr_key, ptr_start,
             ptr_expiry, ptr_bits, word_0, num_words, num_slots, run_0, num_keys - run_0 + key_0,
-            ptr_slot_bias, ptr_bias, ptr_pairs, stride_member, sbg, sbn, ptr_mask, smn, scale,
+            ptr_slot_bias, ptr_bias, ptr_pairs, stride_member, sbn, ptr_mask, smn, scale,
             softcap, False, "run" if RUNS else SLOTS, HAS_MASK, ROWS, CLAMPS, MEMBERS, WORDS,
             KEY_BIAS, PAIR_BIAS, PAIR_GRAD, GROUP, HAS_SOFTCAP, D, SLOT_D, BLOCK_M, BLOCK_N,
             BLOCK_D, STAGES, ALIGNED_KV, TMA or RUNS,
@@ -430,7 +430,7 @@ def grad_query_kernel(
                     at, i_query, i_group, mask_row, i_batch, i_head, slots_k, slots_v, slot_base,
                     skn, svn, ptr_key, ptr_start, ptr_expiry, ptr_bits, word_0, num_words,
                     num_slots, key_0, num_keys, ptr_slot_bias, ptr_bias, ptr_pairs, stride_member,
-                    sbg, sbn, ptr_mask, smn, scale, softcap, HAS_MASK, SLOTS, HAS_MASK, ROWS,
+                    sbn, ptr_mask, smn, scale, softcap, HAS_MASK, SLOTS, HAS_MASK, ROWS,
                     CLAMPS, MEMBERS, WORDS, KEY_BIAS, PAIR_BIAS, PAIR_GRAD, GROUP, HAS_SOFTCAP, D,
                     SLOT_D, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, ALIGNED_KV, TMA,
                 )  # fmt: skip
@@ -494,7 +494,7 @@ def run_grad_query(
             WORDS=words_of_tile(config.block_m, group), **call.flags, PAIR_GRAD=pair_grad,
             NEEDS_QUERY=grad_query is not None, PACKED=plan.epochs is not None,
             ALIGNED=is_aligned(query), ALIGNED_KV=is_aligned(key, value),
-            GRAD_ALIGNED=is_aligned(saved.grad_out), TMA=uses_tma, RUNS=bool(runs[0]),
-            **config.options,
+            SHORT_KV=are_short(key, value), GRAD_ALIGNED=is_aligned(saved.grad_out), TMA=uses_tma,
+            RUNS=bool(runs[0]), **config.options,
         )  # fmt: skip
-    return slots.bias if len(chunks) == 1 else None
+    return slots.bias if len(chunks) == 1 and slots.are_copies else None

@@ -24,6 +24,13 @@ def is_aligned(*tensors: Tensor) -> bool:
     )
 
 
+def are_short(*tensors: Tensor) -> bool:
+    """Whether offsets of rows of a head, dimension 1 of 4, fit into 32 bits."""
+    return all(
+        (t.shape[1] - 1) * t.stride(1) + padded_head_dim(t.shape[3]) <= 1 << 31 for t in tensors
+    )
+
+
 def head_tiles(tensor: Tensor, block: list[int]) -> TensorDescriptor | None:
     """Descriptor of tiles ``[*block, D]`` of ``[B, length, heads, D]``, or ``None``: no such."""
     sizes, strides = list(tensor.shape), list(tensor.stride())

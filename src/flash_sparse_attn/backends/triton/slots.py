@@ -2,7 +2,8 @@
 
 All tiles of an epoch read the same slots, so that one copy pays for itself where their number is
 bounded: tiles then load whole blocks instead of gathering rows. Empty slots of a used block hold
-zeros. Other plans are read from the call's own tensors.
+zeros. Of other plans keys and values are read from the call's own tensors, and only a bias per key
+is copied.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from .config import SLOT_ALIGN, TileConfig, architecture_of, padded_head_dim, sl
 from .inputs import Bias, Call, head_tiles, is_aligned
 from .launch import launch
 from .tiles import NUMBERS, load_rows, log2_bias, row_and_rest, row_offsets
+
+_BIASES = 512  # slots whose bias one program copies where keys and values are not
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -95,6 +98,52 @@ def copy_kernel(
                 tl.store(ptr_slot_bias + base + slot, bias)
 
 
+@triton.jit(do_not_specialize=NUMBERS)
+def bias_kernel(
+    ptr_bias,
+    ptr_key,
+    ptr_counts,
+    ptr_slot_bias,
+    key_len,
+    num_lists,
+    num_slots,
+    num_blocks,
+    row_0,
+    plan_b,
+    plan_h,
+    sbb: tl.int64,
+    sbk: tl.int64,
+    sbg: tl.int64,
+    sbn: tl.int64,
+    HEADS_KV: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    LISTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program per (row, list, block of slots), or per (row, block of keys) without lists."""
+    i_local, rest = row_and_rest(num_lists * num_blocks)
+    i_list, i_block = rest // num_blocks, rest % num_blocks
+    i_row = row_0 + i_local
+    i_batch, i_head = i_row // HEADS_KV, i_row % HEADS_KV
+    slot = i_block * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    used = num_slots
+    if LISTED:
+        plan_list = (i_batch * plan_b + i_head * plan_h) * num_lists + i_list
+        used = tl.cdiv(tl.load(ptr_counts + plan_list * 2), 128) * 128
+    if i_block * BLOCK < used:
+        if LISTED:
+            ptrs = ptr_key + tl.multiple_of(plan_list * num_slots, 128) + slot
+            key = tl.load(ptrs, mask=slot < used, other=-1)
+        else:
+            key = tl.where(slot < key_len, slot, -1)
+        ptr_bias += i_batch * sbb + i_head * sbk
+        for member in tl.static_range(MEMBERS):
+            ptrs = ptr_bias + member * sbg + key.to(tl.int64) * sbn
+            bias = log2_bias(tl.load(ptrs, mask=key >= 0, other=0.0))
+            out = ((i_local * MEMBERS + member) * num_lists + i_list) * num_slots
+            tl.store(ptr_slot_bias + tl.multiple_of(out, 128) + slot, bias, mask=slot < used)
+
+
 @dataclass(frozen=True)
 class Slots:
     """Where the slots of some rows of a plan are read.
@@ -103,7 +152,8 @@ class Slots:
         key: Copies ``[rows, lists, P, SLOT_D]``, or the call's own ``[B, K, Hkv, D]``; ``None`` if
             only the bias is copied.
         value: The same.
-        bias: fp32 copies ``[rows, members, lists, P]`` in units of log 2, or ``None``.
+        bias: fp32 copies ``[rows, members, lists, P]`` in units of log 2, or ``None``; where slots
+            are the keys in the order of keys, a multiple of 128 with at least one block more.
         are_copies: Which of the two keys and values are.
     """
 
@@ -177,10 +227,33 @@ def slots_of(
     *,
     with_rows: bool = True,
 ) -> Slots:
-    """The slots of some rows: copies, or where the plan has none the call's own tensors."""
-    if plan.slots != "copied":
+    """The slots of some rows: copies, or where the plan has none the call's own tensors.
+
+    Of these, too, the bias is copied: fetched and scaled in the loop over the slots it would cost
+    as many instructions as all the rest.
+    """
+    if plan.slots == "copied":
+        return copy_slots(plan, key, value, bias, rows, with_rows=with_rows)
+    if bias is None or not bias.is_per_key or not with_rows:
         return Slots(key, value, None, False)
-    return copy_slots(plan, key, value, bias, rows, with_rows=with_rows)
+    return Slots(key, value, _copy_bias(plan, key, bias, rows), False)
+
+
+def _copy_bias(plan: Plan, key: Tensor, bias: Bias, rows: range) -> Tensor:
+    key_len, heads_kv = key.shape[1], key.shape[2]
+    is_listed = plan.slots == "gathered"
+    num_lists, num_slots = 1, (triton.cdiv(key_len, SLOT_ALIGN) + 1) * SLOT_ALIGN
+    if is_listed:
+        num_lists, num_slots = plan.num_lists, plan.num_slots
+    shape = (len(rows), bias.members, num_lists, num_slots)
+    slot_bias = torch.empty(shape, dtype=torch.float32, device=key.device)
+    num_blocks = triton.cdiv(num_slots, _BIASES)
+    launch(bias_kernel, len(rows) * num_lists * num_blocks)(
+        bias.tensor, plan.slot_key, plan.counts, slot_bias, key_len, num_lists, num_slots,
+        num_blocks, rows.start, *plan.row_strides(heads_kv), *bias.key_strides, HEADS_KV=heads_kv,
+        MEMBERS=bias.members, LISTED=is_listed, BLOCK=_BIASES, num_warps=4,
+    )  # fmt: skip
+    return slot_bias
 
 
 def copy_slots(

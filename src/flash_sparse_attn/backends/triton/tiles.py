@@ -23,6 +23,7 @@ NUMBERS = (
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _INF = tl.constexpr(float("inf"))
+_MINUS_INF = tl.constexpr(-(2**23))  # the bits of -inf in fp32
 # The largest finite bias. Times log2(e) it is still finite in fp32, which finfo.min is not.
 _MAX_BIAS = tl.constexpr(2.3e38)
 # Below every finite score, and finite: no difference of peaks is NaN, so that no loop needs a
@@ -59,6 +60,26 @@ def key_bounds(i_epoch, ptr_epochs, key_len, PACKED: tl.constexpr):
         return tl.load(ptr_epochs + i_epoch * 8 + 3), tl.load(ptr_epochs + i_epoch * 8 + 4)
     else:
         return 0, key_len
+
+
+@triton.jit
+def bias_offsets(
+    i_local, i_list, num_lists, num_slots, key_0, key_len,
+    SLOTS: tl.constexpr,
+    KEY_BIAS: tl.constexpr,
+    GROUP: tl.constexpr,
+):  # fmt: skip
+    """Where the copied bias of the slots of a list begins, and the step from head to head.
+
+    Of keys in order all are in one list, with room for the last block of any sequence.
+    """
+    MEMBERS: tl.constexpr = GROUP if KEY_BIAS == "head" else 1
+    if SLOTS == "keys":
+        stride = (tl.cdiv(key_len, 128) + 1).to(tl.int64) * 128
+        return tl.multiple_of(i_local * MEMBERS * stride, 128) + key_0, stride
+    else:
+        offs = (i_local * MEMBERS * num_lists + i_list) * num_slots
+        return tl.multiple_of(offs, 128), num_lists.to(tl.int64) * num_slots
 
 
 @triton.jit
@@ -140,11 +161,13 @@ def load_slots(
     BLOCK_D: tl.constexpr,
     ALIGNED: tl.constexpr,
     TMA: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """A block of keys or values ``[BLOCK_N, BLOCK_D]``, zeros in columns past the last.
 
     Copied slots are read from the copies, slots that are the keys from `key_0` on through a
-    descriptor of ``[B, K, Hkv, D]`` if there is one, others row by row.
+    descriptor of ``[B, K, Hkv, D]`` if there is one, others row by row: offsets have the type of
+    `stride`, and only blocks that are `MASKED` have slots without a key.
     """
     if SLOTS == "copied":
         row_0 = slot_base + block * BLOCK_N
@@ -157,7 +180,10 @@ def load_slots(
         rows = source.load([i_batch.to(tl.int32), key_0 + block * BLOCK_N, i_head.to(tl.int32), 0])
         return rows.reshape(BLOCK_N, BLOCK_D)
     else:
-        return load_rows(source, row_offsets(key, stride, ALIGNED), key >= 0, D, BLOCK_D, True)
+        offs = key.to(stride.dtype) * stride
+        if ALIGNED:
+            offs = tl.multiple_of(offs, 8)
+        return load_rows(source, offs, key >= 0, D, BLOCK_D, MASKED)
 
 
 @triton.jit
@@ -167,6 +193,12 @@ def slot_keys(ptr_key, slot, key_0, num_keys, SLOTS: tl.constexpr):
         return tl.where(slot < num_keys, key_0 + slot, -1)
     else:
         return tl.load(ptr_key + slot)
+
+
+@triton.jit
+def last_key(at, num_keys, CLAMPS: tl.constexpr):
+    """The last slot that each row sees where slots are the keys, negative for none. [M]."""
+    return tl.minimum(at, num_keys - 1) if not CLAMPS else at * 0 + (num_keys - 1)
 
 
 @triton.jit
@@ -212,17 +244,17 @@ def near_rows(
 
 
 @triton.jit
-def bits_see(
+def _words(
     ptr_bits, slot, i_query, i_group, word_0, num_words, num_slots,
     MEMBERS: tl.constexpr,
     WORDS: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """Which rows of a tile see which slots, from words that hold 32 queries of a slot each.
+    """For rows of a tile and slots the word that holds 32 queries of the slot, the row's too.
 
     The queries of the tile lie in the `WORDS` words from `word_0` on.
     """
-    i_word = i_query // 32 - word_0  # [M]
+    i_word = (i_query >> 5) - word_0  # [M]
     if MEMBERS * WORDS == 1:
         word = along_slots(tl.load(ptr_bits + word_0 * num_slots + slot), TRANSPOSED)
     else:
@@ -238,7 +270,47 @@ def bits_see(
                     word = tl.where(along_rows(mine, TRANSPOSED), column, 0)
                 else:
                     word = tl.where(along_rows(mine, TRANSPOSED), column, word)
-    return ((word >> along_rows(i_query % 32, TRANSPOSED)) & 1) != 0
+    return word
+
+
+@triton.jit
+def bits_see(
+    ptr_bits, slot, i_query, i_group, word_0, num_words, num_slots,
+    MEMBERS: tl.constexpr,
+    WORDS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """Which rows of a tile see which slots; symbols as in `_words`."""
+    word = _words(
+        ptr_bits, slot, i_query, i_group, word_0, num_words, num_slots, MEMBERS, WORDS, TRANSPOSED
+    )
+    return ((word >> along_rows(i_query & 31, TRANSPOSED)) & 1) != 0
+
+
+@triton.jit
+def where_negative(sign, scores):
+    """Scores where the int32 `sign` is negative, else -inf, whatever they are.
+
+    By the bits of the numbers: LLVM packs the comparisons of a tile into vectors, one by one, and
+    unpacks them again.
+    """
+    seen = sign >> 31  # all bits or none
+    bits = (scores.to(tl.int32, bitcast=True) & seen) | (~seen & _MINUS_INF)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def hide(
+    scores, ptr_bits, slot, i_query, i_group, word_0, num_words, num_slots,
+    MEMBERS: tl.constexpr,
+    WORDS: tl.constexpr,
+    TRANSPOSED: tl.constexpr = False,
+):  # fmt: skip
+    """Scores with -inf where a row does not see a slot; else as `bits_see`."""
+    word = _words(
+        ptr_bits, slot, i_query, i_group, word_0, num_words, num_slots, MEMBERS, WORDS, TRANSPOSED
+    )
+    return where_negative(word << along_rows(~i_query & 31, TRANSPOSED), scores)
 
 
 @triton.jit
