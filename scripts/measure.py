@@ -34,7 +34,7 @@ GRID = ["--test-type", "sdpa-vs-ours", "--seconds", "320"]
 THEIRS = ["--test-type", "predecessors", "--seconds", "320"]
 SAME = ["--test-type", "ours", "--seconds", "150"]
 PAIRS = ["8", "32", "128", "256", "320", "384", "448"]
-LESSONS = ["--curriculum", *PAIRS, "--lesson-steps", "1000", "100"]
+LESSONS = ["--curriculum", *PAIRS, "--lesson-steps", "600", "50"]
 RECALL = ["recall", "--rate-factor", "10", *LESSONS, "--minutes", "5.5"]
 TEXT = ["text", "--seed", "0", "1", "--minutes", "3.6"]
 
