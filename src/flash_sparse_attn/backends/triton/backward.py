@@ -1,4 +1,10 @@
-"""Backward over epochs, without atomics: every sum has one owner and one order."""
+"""Backward over epochs, without atomics: every sum has one owner and one order.
+
+The kernel of dK and dV could add up dQ by atomics on the way, with five products instead of seven.
+It would not be faster: registers spill, and the best of ten sets of tiles took, of all of backward,
+9.5 instead of 7.7 milliseconds at (B, H, Hkv, N, D, W) = (1, 32, 8, 32768, 128, 2048), 1.08 instead
+of 0.87 at N = 4096, and 0.229 instead of 0.213 at (1, 2, 1, 32768, 64, 1024).
+"""
 
 from __future__ import annotations
 
