@@ -14,6 +14,7 @@ from flash_sparse_attn.integrations.block_sparse import block_sparse_attention
 pytestmark = pytest.mark.gpu
 
 DTYPES = [torch.bfloat16, torch.float16]
+RECORDING = "flash_sparse_attn.backends.triton.recording"
 # B, H, Hkv, Q, K, D, block size, entries, heads of the lists, whether keys are hidden besides.
 CASES = {
     "blocks of 64": (1, 4, 2, 700, 700, 64, 64, 4, 2, False),
@@ -187,7 +188,7 @@ def test_repeated_plans_equal_fresh_ones(monkeypatch, caplog) -> None:
     launching = pytest.importorskip("flash_sparse_attn.backends.triton.launch")
     from flash_sparse_attn.backends.triton.plan_blocks import plan_blocks
 
-    monkeypatch.setattr(launching, "_EMPTY_ON_GPU", None)  # so that memory is poisoned
+    monkeypatch.setattr(f"{RECORDING}._EMPTY_ON_GPU", None)  # so that memory is poisoned
     monkeypatch.setattr(launching, "_recordings", {})
     caplog.set_level("DEBUG", launching.__name__)
     case = (2, 4, 2, 2000, 3000, 64, 64, 5, 2, True)

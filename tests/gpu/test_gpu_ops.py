@@ -18,6 +18,7 @@ from flash_sparse_attn import (
 pytestmark = pytest.mark.gpu
 
 DTYPE = torch.bfloat16
+RECORDING = "flash_sparse_attn.backends.triton.recording"
 
 
 def inputs(batch=1, length=300, heads=4, kv_heads=2, dim=64, *, requires_grad=True):
@@ -197,7 +198,7 @@ def test_fp32_runs_eager_with_one_warning_and_a_named_backend_refuses():
 def test_repeated_launches_equal_the_first_call(dim, monkeypatch, caplog):
     """Calls without gradients repeat recorded launches: other tensors, strides, and a plan."""
     launching = pytest.importorskip("flash_sparse_attn.backends.triton.launch")
-    monkeypatch.setattr(launching, "_EMPTY_ON_GPU", None)  # so that memory is poisoned
+    monkeypatch.setattr(f"{RECORDING}._EMPTY_ON_GPU", None)  # so that memory is poisoned
     monkeypatch.setattr(launching, "_recordings", {})
     caplog.set_level("DEBUG", launching.__name__)
     for _ in range(3):
@@ -220,7 +221,7 @@ def test_repeated_launches_equal_the_first_call(dim, monkeypatch, caplog):
 @pytest.mark.parametrize("dim", [64, 128])
 def test_repeated_training_steps_equal_fresh_ones(dim, monkeypatch, caplog):
     launching = pytest.importorskip("flash_sparse_attn.backends.triton.launch")
-    monkeypatch.setattr(launching, "_EMPTY_ON_GPU", None)  # so that memory is poisoned
+    monkeypatch.setattr(f"{RECORDING}._EMPTY_ON_GPU", None)  # so that memory is poisoned
     monkeypatch.setattr(launching, "_recordings", {})
     caplog.set_level("DEBUG", launching.__name__)
     steps = []
@@ -255,7 +256,7 @@ def test_repeated_selections_and_plans_equal_fresh_ones(name, monkeypatch, caplo
     """Other scores, padding and borders at other addresses; what was given before stays as it was,
     so that an address that is not replaced shows."""
     launching = pytest.importorskip("flash_sparse_attn.backends.triton.launch")
-    monkeypatch.setattr(launching, "_EMPTY_ON_GPU", None)  # so that memory is poisoned
+    monkeypatch.setattr(f"{RECORDING}._EMPTY_ON_GPU", None)  # so that memory is poisoned
     monkeypatch.setattr(launching, "_recordings", {})
     caplog.set_level("DEBUG", launching.__name__)
     case = {"length": 3000, "window": 100, "padded": False, "packed": False, **SELECTIONS[name]}
@@ -298,7 +299,7 @@ def test_repeated_plans_of_masks_equal_fresh_ones(shape, monkeypatch, caplog):
     from flash_sparse_attn.backends.triton.masks import MaskLayout
     from flash_sparse_attn.backends.triton.plan_mask import plan_mask
 
-    monkeypatch.setattr(launching, "_EMPTY_ON_GPU", None)  # so that memory is poisoned
+    monkeypatch.setattr(f"{RECORDING}._EMPTY_ON_GPU", None)  # so that memory is poisoned
     monkeypatch.setattr(launching, "_recordings", {})
     caplog.set_level("DEBUG", launching.__name__)
     layout = MaskLayout.of(shape, 2000, 3000, 4, 2, 2)

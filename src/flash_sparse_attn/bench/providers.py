@@ -125,6 +125,11 @@ def _mask_for_sdpa(inputs: Inputs, window: int) -> Tensor:
     return visible_pairs(inputs, window)
 
 
+def _mask_for_predecessors(inputs: Inputs, window: int) -> Tensor:
+    """A given mask as it is: their kernels leave out the future themselves."""
+    return _mask_for_sdpa(inputs, window) if inputs.mask is None else inputs.mask
+
+
 def _attend_masked(inputs: Inputs, mask: Tensor) -> Tensor:
     return _attend_additive(inputs, _add_up(inputs, inputs.bias, mask))
 
@@ -252,7 +257,7 @@ PROVIDERS = {
         name: Provider(
             f"the predecessor, mask by torch.topk; its environment's Python: "
             f"{predecessors.INTERPRETER}",
-            _mask_for_sdpa,
+            _mask_for_predecessors,
             predecessors.attend(module),
             extra_bytes=_mask_bytes,
             building="selection: the mask, unless given",
