@@ -372,6 +372,17 @@ def test_lengths_that_cannot_hold_the_pairs_are_refused(capsys):
     assert "at least 1024, which 512 pairs take, got 1000" in capsys.readouterr().err
 
 
+def test_recent_keys_are_part_of_the_window(capsys):
+    task = recall_task(64, 16, pairs=8, window=16, recent=4)
+    assert task.name == "recall-values-64-d16-recent4"
+    (attention, *_) = SmallModel(task.config, "dynamic").dynamic_layers()
+    assert "window_size=12" in repr(attention) and "keep_recent=4" in repr(attention)
+    assert cli.main(["recall", "--window", "16", "--recent", "16", "--device", "cpu"]) == 2
+    assert (
+        "--recent: expected fewer than the 16 keys of --window, got 16" in capsys.readouterr().err
+    )
+
+
 def test_lessons_that_do_not_fit_are_refused(capsys):
     common = ["recall", "--length", "1024", "--device", "cpu", "--curriculum", "16", "513"]
     assert cli.main(common) == 2

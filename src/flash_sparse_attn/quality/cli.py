@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _recall(options: argparse.Namespace) -> int:
     sizes = {"pairs": options.pairs, "window": options.window, "noise": options.noise}
+    sizes |= {"recent": options.recent}
     sizes |= {"rate_factor": options.rate_factor}
     sizes |= {"curriculum": tuple(options.curriculum), "lesson_answers": options.lesson_answers}
     sizes |= {"lesson_steps": tuple(options.lesson_steps)}
@@ -50,6 +51,13 @@ def _recall(options: argparse.Namespace) -> int:
         sizes |= {"pairs": 8, "window": 16, "train_samples": 128, "test_samples": 16}
         sizes |= {"curriculum": (2, 4) if options.curriculum else (), "lesson_steps": (2,)}
         options.length, options.width = [64], [16]
+    if not 0 <= options.recent < sizes["window"]:
+        print(
+            f"--recent: expected fewer than the {sizes['window']} keys of --window, got "
+            f"{options.recent}",
+            file=sys.stderr,
+        )
+        return 2
     wrong = [n for n in options.length if n % 2 or n < 2 * sizes["pairs"]]
     if wrong:
         needed = 2 * sizes["pairs"]
@@ -198,6 +206,12 @@ def _parser() -> argparse.ArgumentParser:
     recall.add_argument("--width", type=int, nargs="+", default=list(RATES), help="of the model")
     recall.add_argument("--pairs", type=int, default=512, help="keys and values (default 512)")
     recall.add_argument("--window", type=int, default=512, help="keys a query sees (default 512)")
+    recall.add_argument(
+        "--recent",
+        type=int,
+        default=0,
+        help="keys of a dynamic mask that are the newest, whatever their score (default 0)",
+    )
     recall.add_argument("--noise", choices=tuple(NOISE), default="values", help=_noise_help())
     recall.add_argument(
         "--rate-factor", type=float, default=1.0, help="of the learning rates (default 1)"

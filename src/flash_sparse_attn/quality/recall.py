@@ -171,6 +171,7 @@ def recall_task(
     *,
     pairs: int = 512,
     window: int = 512,
+    recent: int = 0,
     noise: str = "values",
     rate_factor: float = 1.0,
     train_samples: int = 250_000,
@@ -186,6 +187,7 @@ def recall_task(
         width: Width of the model and of its head; even, at most 256.
         pairs, noise: As in `make_sequences`.
         window: Keys that a query of the window and of the dynamic masks sees.
+        recent: How many of them are the newest in dynamic masks.
         rate_factor: Multiplies the learning rate, which is that of the nearest width in `RATES`.
         train_samples, test_samples: Of `Task`.
         curriculum, lesson_steps, lesson_answers: Of `RecallTask`.
@@ -199,11 +201,13 @@ def recall_task(
         kv_heads=1,
         head_dim=width,
         window=window,
+        recent=recent,
         rope_theta=ROPE_THETA,
     )
     nearest = min(RATES, key=lambda known: abs(known - width))
+    marks = f"-recent{recent}" * (recent > 0) + "-curriculum" * (len(curriculum) > 0)
     return RecallTask(
-        f"recall-{noise}-{length}-d{width}{'-curriculum' if curriculum else ''}",
+        f"recall-{noise}-{length}-d{width}{marks}",
         config,
         BATCHES[min(BATCHES, key=lambda known: abs(known - length))],
         rate_factor * RATES[nearest],
