@@ -45,6 +45,19 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.fixture
+def recordings(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> dict[Any, Any]:
+    """The launches that this test records; their results are poisoned, like other fresh memory, and
+    why a call is not recorded is in the log."""
+    launching = pytest.importorskip("flash_sparse_attn.backends.triton.launch")
+    from flash_sparse_attn.backends.triton import recording
+
+    monkeypatch.setattr(recording, "_EMPTY_ON_GPU", None)
+    monkeypatch.setattr(launching, "_recordings", {})
+    caplog.set_level("DEBUG", launching.__name__)
+    return launching._recordings
+
+
 @pytest.fixture(autouse=True)
 def _same_start_for_every_test() -> Iterator[None]:
     """Seed all generators, and put global switches back however the test leaves them."""

@@ -74,8 +74,7 @@ class FakeKernel:
 
 
 @pytest.fixture
-def kernel(monkeypatch):
-    monkeypatch.setattr(launching, "_recordings", {})
+def kernel(monkeypatch, recordings):
     monkeypatch.setattr(launching, "_can_repeat", lambda device: True)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
     return FakeKernel()

@@ -14,7 +14,6 @@ from flash_sparse_attn.integrations.block_sparse import block_sparse_attention
 pytestmark = pytest.mark.gpu
 
 DTYPES = [torch.bfloat16, torch.float16]
-RECORDING = "flash_sparse_attn.backends.triton.recording"
 # B, H, Hkv, Q, K, D, block size, entries, heads of the lists, whether keys are hidden besides.
 CASES = {
     "blocks of 64": (1, 4, 2, 700, 700, 64, 64, 4, 2, False),
@@ -184,22 +183,18 @@ def test_operators_pass_opcheck() -> None:
     torch.library.opcheck(torch.ops.flash_sparse_attn.block_forward, call)
 
 
-def test_repeated_plans_equal_fresh_ones(monkeypatch, caplog) -> None:
-    launching = pytest.importorskip("flash_sparse_attn.backends.triton.launch")
+def test_repeated_plans_equal_fresh_ones(recordings, caplog) -> None:
     from flash_sparse_attn.backends.triton.plan_blocks import plan_blocks
 
-    monkeypatch.setattr(f"{RECORDING}._EMPTY_ON_GPU", None)  # so that memory is poisoned
-    monkeypatch.setattr(launching, "_recordings", {})
-    caplog.set_level("DEBUG", launching.__name__)
     case = (2, 4, 2, 2000, 3000, 64, 64, 5, 2, True)
     layout = MaskLayout.of((2, 2, 2000, 3000), 2000, 3000, 4, 2, 2, "bits")
     given = [lists_of(case)[:2] for _ in range(3)]
     options = {"is_causal": True, "for_backward": True}
     plans = [plan_blocks(*one, 64, layout, **options) for one in given]
-    recordings = list(launching._recordings.values())
-    assert len(recordings) == 1 and None not in recordings and not caplog.text
+    found = list(recordings.values())
+    assert len(found) == 1 and None not in found and not caplog.text
     for one, got in zip(given, plans, strict=True):
-        launching._recordings.clear()
+        recordings.clear()
         want = plan_blocks(*one, 64, layout, **options)
         for part, other in zip(got.parts, want.parts, strict=True):
             assert part is other is None or torch.equal(part, other)

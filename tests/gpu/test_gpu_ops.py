@@ -18,7 +18,6 @@ from flash_sparse_attn import (
 pytestmark = pytest.mark.gpu
 
 DTYPE = torch.bfloat16
-RECORDING = "flash_sparse_attn.backends.triton.recording"
 
 
 def inputs(batch=1, length=300, heads=4, kv_heads=2, dim=64, *, requires_grad=True):
@@ -195,12 +194,8 @@ def test_fp32_runs_eager_with_one_warning_and_a_named_backend_refuses():
 
 
 @pytest.mark.parametrize("dim", [64, 128])
-def test_repeated_launches_equal_the_first_call(dim, monkeypatch, caplog):
+def test_repeated_launches_equal_the_first_call(dim, recordings, caplog):
     """Calls without gradients repeat recorded launches: other tensors, strides, and a plan."""
-    launching = pytest.importorskip("flash_sparse_attn.backends.triton.launch")
-    monkeypatch.setattr(f"{RECORDING}._EMPTY_ON_GPU", None)  # so that memory is poisoned
-    monkeypatch.setattr(launching, "_recordings", {})
-    caplog.set_level("DEBUG", launching.__name__)
     for _ in range(3):
         query, key, value, scores = inputs(length=700, dim=dim, requires_grad=False)
         selection = prepare_selection(select_keys(scores, 100), for_backward=False)
@@ -215,24 +210,20 @@ def test_repeated_launches_equal_the_first_call(dim, monkeypatch, caplog):
         assert torch.equal(strided, want)
         assert torch.equal(shared, attend(query, key, key, scores, 100))
     # A selection; plan and call, each with what backward needs and without; other strides.
-    assert len(launching._recordings) == 6 and not caplog.text
+    assert len(recordings) == 6 and not caplog.text
 
 
 @pytest.mark.parametrize("dim", [64, 128])
-def test_repeated_training_steps_equal_fresh_ones(dim, monkeypatch, caplog):
-    launching = pytest.importorskip("flash_sparse_attn.backends.triton.launch")
-    monkeypatch.setattr(f"{RECORDING}._EMPTY_ON_GPU", None)  # so that memory is poisoned
-    monkeypatch.setattr(launching, "_recordings", {})
-    caplog.set_level("DEBUG", launching.__name__)
+def test_repeated_training_steps_equal_fresh_ones(dim, recordings, caplog):
     steps = []
     for _ in range(3):
         tensors = inputs(length=700, dim=dim, batch=2)
         grad = torch.randn_like(tensors[0])
         steps.append((tensors, grad, gradients(attend, tensors, grad)))
     # Selection, plan, forward, backward.
-    assert len(launching._recordings) == 4 and not caplog.text
+    assert len(recordings) == 4 and not caplog.text
     for tensors, grad, results in steps:
-        launching._recordings.clear()
+        recordings.clear()
         for got, want in zip(results, gradients(attend, tensors, grad), strict=True):
             assert torch.equal(got, want)
 
@@ -252,13 +243,9 @@ SELECTIONS = {
 
 
 @pytest.mark.parametrize("name", SELECTIONS)
-def test_repeated_selections_and_plans_equal_fresh_ones(name, monkeypatch, caplog):
+def test_repeated_selections_and_plans_equal_fresh_ones(name, recordings, caplog):
     """Other scores, padding and borders at other addresses; what was given before stays as it was,
     so that an address that is not replaced shows."""
-    launching = pytest.importorskip("flash_sparse_attn.backends.triton.launch")
-    monkeypatch.setattr(f"{RECORDING}._EMPTY_ON_GPU", None)  # so that memory is poisoned
-    monkeypatch.setattr(launching, "_recordings", {})
-    caplog.set_level("DEBUG", launching.__name__)
     case = {"length": 3000, "window": 100, "padded": False, "packed": False, **SELECTIONS[name]}
     length, window = case.pop("length"), case.pop("window")
     is_padded, is_packed = case.pop("padded"), case.pop("packed")
@@ -282,11 +269,11 @@ def test_repeated_selections_and_plans_equal_fresh_ones(name, monkeypatch, caplo
         given = scores, mask, borders
         # Two windows by turns: the recordings of one must not serve the other.
         steps += [(width, given, prepare(width, given)) for width in (window, window // 2)]
-    recordings = list(launching._recordings.values())
+    found = list(recordings.values())
     # Two selections, and their plans, which may be of one form.
-    assert len(recordings) in (3, 4) and None not in recordings and not caplog.text
+    assert len(found) in (3, 4) and None not in found and not caplog.text
     for width, given, got in steps:
-        launching._recordings.clear()
+        recordings.clear()
         want = prepare(width, given)
         assert torch.equal(got.start, want.start) and torch.equal(got.expiry, want.expiry)
         for one, other in zip(got.plan.parts, want.plan.parts, strict=True):
@@ -294,45 +281,38 @@ def test_repeated_selections_and_plans_equal_fresh_ones(name, monkeypatch, caplo
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 1, 3000), (1, 4, 2000, 3000)])
-def test_repeated_plans_of_masks_equal_fresh_ones(shape, monkeypatch, caplog):
-    launching = pytest.importorskip("flash_sparse_attn.backends.triton.launch")
+def test_repeated_plans_of_masks_equal_fresh_ones(shape, recordings, caplog):
     from flash_sparse_attn.backends.triton.masks import MaskLayout
     from flash_sparse_attn.backends.triton.plan_mask import plan_mask
 
-    monkeypatch.setattr(f"{RECORDING}._EMPTY_ON_GPU", None)  # so that memory is poisoned
-    monkeypatch.setattr(launching, "_recordings", {})
-    caplog.set_level("DEBUG", launching.__name__)
     layout = MaskLayout.of(shape, 2000, 3000, 4, 2, 2)
     masks = [torch.rand(shape, device="cuda") < 0.3 for _ in range(3)]
     options = {"is_causal": True, "for_backward": True}
     plans = [plan_mask(mask, layout, **options) for mask in masks]
-    recordings = list(launching._recordings.values())
-    assert len(recordings) == 1 and None not in recordings and not caplog.text
+    found = list(recordings.values())
+    assert len(found) == 1 and None not in found and not caplog.text
     for mask, got in zip(masks, plans, strict=True):
-        launching._recordings.clear()
+        recordings.clear()
         want = plan_mask(mask, layout, **options)
         for one, other in zip(got.parts, want.parts, strict=True):
             assert one is other is None or torch.equal(one, other)
 
 
 @pytest.mark.parametrize("is_shared", [False, True])
-def test_repeated_plans_of_packed_sequences_equal_fresh_ones(is_shared, monkeypatch, caplog):
-    launching = pytest.importorskip("flash_sparse_attn.backends.triton.launch")
+def test_repeated_plans_of_packed_sequences_equal_fresh_ones(is_shared, recordings, caplog):
     from flash_sparse_attn.backends.triton.plan_mask import plan_packed
     from flash_sparse_attn.varlen import PackedSequences
 
-    monkeypatch.setattr(launching, "_recordings", {})
-    caplog.set_level("DEBUG", launching.__name__)
     steps = []
     for middle in (100, 900, 2600):
         keys = torch.tensor([0, middle, middle, 2700, 3000], dtype=torch.int32, device="cuda")
         queries = keys if is_shared else keys.flip(0).neg() + 3000
         packed = PackedSequences(queries, keys, 3072, 3072)
         steps.append((packed, plan_packed(packed, 3000, 3000, for_backward=True)))
-    recordings = list(launching._recordings.values())
-    assert len(recordings) == 1 and None not in recordings and not caplog.text
+    found = list(recordings.values())
+    assert len(found) == 1 and None not in found and not caplog.text
     for packed, got in steps:
-        launching._recordings.clear()
+        recordings.clear()
         want = plan_packed(packed, 3000, 3000, for_backward=True)
         assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 
