@@ -75,8 +75,12 @@ def main(
         print(f"--test-type {options.test_type}: {missing}")
         return 2
     if any(PROVIDERS[name].module for name in names):
-        absent = set(predecessors.DISTRIBUTIONS.values()) - set(predecessors.installed())
-        names = tuple(name for name in names if name not in absent)
+        theirs = predecessors.installed()
+        if not theirs:
+            wanted = " or ".join(predecessors.DISTRIBUTIONS.values())
+            print(f"the environment of {predecessors.command()[0]} has no {wanted}")
+            return 2
+        names = tuple(name for name in names if not PROVIDERS[name].module or name in theirs)
     facts = run_facts(options.device)
     deadline = Deadline(options.seconds)
     rows: list[Row] = []
@@ -111,9 +115,6 @@ def _missing(names: tuple[str, ...]) -> str | None:
     for name in names:
         if PROVIDERS[name].module and (reason := predecessors.missing()):
             return reason
-        if PROVIDERS[name].module and not predecessors.installed():
-            wanted = " or ".join(predecessors.DISTRIBUTIONS.values())
-            return f"the environment of {predecessors.command()[0]} has no {wanted}"
         backend = name.removeprefix("ours-")
         if name.startswith("ours-") and reasons[backend]:
             return f"backend {backend!r} is not available: {'; '.join(reasons[backend])}"
