@@ -17,7 +17,7 @@ from flash_sparse_attn import (
     prepare_selection,
     select_keys,
 )
-from flash_sparse_attn.backends.triton import config, gluon_forward
+from flash_sparse_attn.backends.triton import config, gluon_forward, role_config
 from flash_sparse_attn.backends.triton.forward import forward
 from flash_sparse_attn.backends.triton.inputs import Bias, Call
 from flash_sparse_attn.backends.triton.plan import build_plan
@@ -111,7 +111,7 @@ class Inputs:
 @pytest.fixture(autouse=True)
 def is_used(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Fails where another kernel would be tested; notes the calls that the kernel served."""
-    if config.role_config(config.architecture_of(torch.device("cuda", 0)), DIM) is None:
+    if role_config.roles_for(config.architecture_of(torch.device("cuda", 0)), DIM) is None:
         pytest.skip("this GPU or version of Triton has no kernel by roles")
     served: list[Any] = []
     run = gluon_forward.gluon_forward

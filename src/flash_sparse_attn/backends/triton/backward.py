@@ -3,7 +3,8 @@
 The kernel of dK and dV could add up dQ by atomics on the way, with five products instead of seven.
 It would not be faster: registers spill, and the best of ten sets of tiles took, of all of backward,
 9.5 instead of 7.7 milliseconds at (B, H, Hkv, N, D, W) = (1, 32, 8, 32768, 128, 2048), 1.08 instead
-of 0.87 at N = 4096, and 0.229 instead of 0.213 at (1, 2, 1, 32768, 64, 1024).
+of 0.87 at N = 4096, and 0.229 instead of 0.213 at (1, 2, 1, 32768, 64, 1024). Where there are
+kernels by roles, five products are had in order, see `gluon_backward.py`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from .grad_key import run_grad_key
 from .grad_pair import run_grad_pair
 from .grad_query import run_grad_query
 from .inputs import Call, Saved, pair_tensors
+from .role_config import roles_for
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,10 @@ def backward(
         Gradients of query, key and value, contiguous, and of the bias in its shape and dtype;
         ``None`` for those not asked for.
     """
+    roles = None
     if tiles is None:
+        if plan.is_selection and plan.slots == "copied":
+            roles = roles_for(architecture_of(query.device), query.shape[-1])
         reads_pairs = bool(pair_tensors(plan, call))
         tiles = tiles_for(architecture_of(query.device), query.shape[-1], reads_pairs)
     delta = torch.empty(norm.shape[1:], dtype=torch.float32, device=norm.device)
@@ -74,19 +79,27 @@ def backward(
     if bias is not None and bias.tensor.shape[3] == 1:
         # Adding one number to all scores of a row changes nothing.
         grad_bias, bias = torch.zeros_like(bias.tensor, memory_format=torch.contiguous_format), None
-    slot_bias = None
-    if bias is not None and not bias.is_per_key:
-        grad_bias = run_grad_pair(plan, saved, call, tiles.grad_query, grad_query, bias)
-    else:
-        slot_bias = run_grad_query(plan, saved, call, tiles.grad_query, grad_query)
     grad_key, grad_value = _fresh(needs.key, key, sum_dtype), _fresh(needs.value, value, sum_dtype)
     per_key = None
     if bias is not None and bias.is_per_key:
         batch, key_len, heads_kv, _ = key.shape
         shape = (batch, heads_kv * bias.members, 1, key_len)
         per_key = torch.empty(shape, dtype=torch.float32, device=key.device)
-    if needs.key or needs.value or per_key is not None:
-        run_grad_key(plan, saved, call, tiles.grad_key, grad_key, grad_value, per_key, slot_bias)
+    is_served = False
+    if roles and grad_query is not None and grad_key is not None and grad_value is not None:
+        from .gluon_backward import gluon_backward  # only where its version of Triton is installed
+
+        grads = grad_query, grad_key, grad_value, per_key
+        is_served = gluon_backward(plan, saved, call, roles, *grads)
+    if not is_served:
+        slot_bias = None
+        if bias is not None and not bias.is_per_key:
+            grad_bias = run_grad_pair(plan, saved, call, tiles.grad_query, grad_query, bias)
+        else:
+            slot_bias = run_grad_query(plan, saved, call, tiles.grad_query, grad_query)
+        if needs.key or needs.value or per_key is not None:
+            keys = grad_key, grad_value, per_key, slot_bias
+            run_grad_key(plan, saved, call, tiles.grad_key, *keys)
     if per_key is not None and bias is not None:
         grad_bias = _sum_to(per_key, bias.tensor.shape, bias.heads_kv)
         # A cast to the same dtype, too, is an operator, and calls with operators are not repeated.

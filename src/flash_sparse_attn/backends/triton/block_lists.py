@@ -25,6 +25,9 @@ from .tiles import NUMBERS
 
 _AT_ONCE = 3  # lists that one launch makes: those of forward, of dQ, and of dK and dV
 _OWNERS = 4  # tiles or blocks of one program,
+# Of the blocks of an epoch at most, since most hold no slots: for the best 1024 of 32768 keys
+# planning takes 0.181 milliseconds without a bound, 0.173 with 4, 0.174 with 8, 16 and 32.
+_PROGRAMS = 16
 _SIZE = 64  # and how many blocks or tiles it looks at together
 
 
@@ -73,6 +76,7 @@ def _write_lists(
     WORDS: tl.constexpr,
     OF_TILES: tl.constexpr,
     OWNERS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
     SIZE: tl.constexpr,
 ):  # fmt: skip
     """Of some tiles, or blocks, of an epoch: numbers of full and of all entries, for tiles the
@@ -82,50 +86,54 @@ def _write_lists(
     num_owners = num_tiles if OF_TILES else num_blocks
     num_entries = num_blocks if OF_TILES else num_tiles
     num_programs = tl.cdiv(num_owners, OWNERS)
+    if not OF_TILES:
+        num_programs = tl.minimum(num_programs, PROGRAMS)
     i_list = (i_program // num_programs).to(tl.int64)
-    owner = i_program % num_programs * OWNERS + tl.arange(0, OWNERS)[:, None]  # [OWNERS, 1]
     num_queries = tl.minimum(epoch_len, query_len - (i_list % num_epochs).to(tl.int32) * epoch_len)
     num_words = epoch_len // 32
     count = tl.load(ptr_counts + i_list * 2)
     used = tl.cdiv(count, BLOCK_N)
-    exists = owner < num_owners
+    owners, size = used, num_tiles
+    run_0 = -1
     if OF_TILES:
-        works, size = exists, used
-    else:
-        works = owner < used
-        size = tl.where(i_program % num_programs * OWNERS < used, num_tiles, 0)
-    ptr_bits += i_list * MEMBERS * num_words * (num_slots // 32)
-    ptrs = ptr_lists + (i_list * num_owners + owner) * (num_entries + HEAD)  # [OWNERS, 1]
-    entry = tl.arange(0, SIZE)[None, :]  # [1, SIZE]
-    num_full = tl.zeros([OWNERS, 1], tl.int32)
-    for i in range(0, size, SIZE):
-        item = i + entry
-        _, full = _flags(
-            ptr_bits, owner if OF_TILES else item, item if OF_TILES else owner, num_queries,
-            num_words, num_slots, works & (item < size), GROUP, MEMBERS, WORDS, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
-        rank = tl.cumsum(full.to(tl.int32), 1)
-        tl.store(ptrs + HEAD - 1 + num_full + rank, item + owner * 0, mask=full)
-        num_full += tl.max(rank, 1)[:, None]
-    num_all = num_full
-    for i in range(0, size, SIZE):
-        item = i + entry
-        some, full = _flags(
-            ptr_bits, owner if OF_TILES else item, item if OF_TILES else owner, num_queries,
-            num_words, num_slots, works & (item < size), GROUP, MEMBERS, WORDS, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
-        some = some & (full == 0)
-        rank = tl.cumsum(some.to(tl.int32), 1)
-        tl.store(ptrs + HEAD - 1 + num_all + rank, item + owner * 0, mask=some)
-        num_all += tl.max(rank, 1)[:, None]
-    tl.store(ptrs, num_full, mask=exists)
-    tl.store(ptrs + 1, num_all, mask=exists)
-    if OF_TILES:
+        owners, size = num_owners, used
         ptr_key += i_list * num_slots
         first = tl.load(ptr_key)
         last = tl.load(ptr_key + tl.maximum(count - 1, 0))
         run_0 = tl.where((count > 0) & (last - first == count - 1), first, -1)
-        tl.store(ptrs + 2, owner * 0 + run_0, mask=exists)
+    ptr_bits += i_list * MEMBERS * num_words * (num_slots // 32)
+    entry = tl.arange(0, SIZE)[None, :]  # [1, SIZE]
+    for owner_0 in range(i_program % num_programs * OWNERS, owners, num_programs * OWNERS):
+        owner = owner_0 + tl.arange(0, OWNERS)[:, None]  # [OWNERS, 1]
+        exists = owner < owners
+        ptrs = ptr_lists + (i_list * num_owners + owner) * (num_entries + HEAD)  # [OWNERS, 1]
+        num_full = tl.zeros([OWNERS, 1], tl.int32)
+        for i in range(0, size, SIZE):
+            item = i + entry
+            _, full = _flags(
+                ptr_bits, owner if OF_TILES else item, item if OF_TILES else owner, num_queries,
+                num_words, num_slots, exists & (item < size), GROUP, MEMBERS, WORDS, BLOCK_M,
+                BLOCK_N,
+            )  # fmt: skip
+            rank = tl.cumsum(full.to(tl.int32), 1)
+            tl.store(ptrs + HEAD - 1 + num_full + rank, item + owner * 0, mask=full)
+            num_full += tl.max(rank, 1)[:, None]
+        num_all = num_full
+        for i in range(0, size, SIZE):
+            item = i + entry
+            some, full = _flags(
+                ptr_bits, owner if OF_TILES else item, item if OF_TILES else owner, num_queries,
+                num_words, num_slots, exists & (item < size), GROUP, MEMBERS, WORDS, BLOCK_M,
+                BLOCK_N,
+            )  # fmt: skip
+            some = some & (full == 0)
+            rank = tl.cumsum(some.to(tl.int32), 1)
+            tl.store(ptrs + HEAD - 1 + num_all + rank, item + owner * 0, mask=some)
+            num_all += tl.max(rank, 1)[:, None]
+        tl.store(ptrs, num_full, mask=exists)
+        tl.store(ptrs + 1, num_all, mask=exists)
+        if OF_TILES:
+            tl.store(ptrs + 2, owner * 0 + run_0, mask=exists)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -147,6 +155,7 @@ def list_kernel(
     OF_TILES_1: tl.constexpr,
     OF_TILES_2: tl.constexpr,
     OWNERS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
     SIZE: tl.constexpr,
 ):  # fmt: skip
     """One program per (list, row of the plan, epoch, some tiles or blocks); see `_write_lists`."""
@@ -155,21 +164,21 @@ def list_kernel(
         _write_lists(
             i_program, ptr_bits, ptr_key, ptr_counts, ptr_lists_0, query_len, epoch_len,
             num_epochs, num_slots, GROUP, MEMBERS, BLOCK_M_0, BLOCK_N_0, WORDS_0, OF_TILES_0,
-            OWNERS, SIZE,
+            OWNERS, PROGRAMS, SIZE,
         )  # fmt: skip
     elif i_program < programs_0 + programs_1:
         if ptr_lists_1 is not None:
             _write_lists(
                 i_program - programs_0, ptr_bits, ptr_key, ptr_counts, ptr_lists_1, query_len,
                 epoch_len, num_epochs, num_slots, GROUP, MEMBERS, BLOCK_M_1, BLOCK_N_1, WORDS_1,
-                OF_TILES_1, OWNERS, SIZE,
+                OF_TILES_1, OWNERS, PROGRAMS, SIZE,
             )  # fmt: skip
     else:
         if ptr_lists_2 is not None:
             _write_lists(
                 i_program - programs_0 - programs_1, ptr_bits, ptr_key, ptr_counts, ptr_lists_2,
                 query_len, epoch_len, num_epochs, num_slots, GROUP, MEMBERS, BLOCK_M_2, BLOCK_N_2,
-                WORDS_2, OF_TILES_2, OWNERS, SIZE,
+                WORDS_2, OF_TILES_2, OWNERS, PROGRAMS, SIZE,
             )  # fmt: skip
 
 
@@ -189,7 +198,8 @@ def fill_lists(plan: Plan, lists: Sequence[Tensor], list_sizes: Sequence[ListSiz
         each = list_sizes[i] if i < len(lists) else None
         if each is not None:
             num_owners, _ = each.shape(plan.epoch_len, plan.num_slots)
-            programs[i] = num_lists * triton.cdiv(num_owners, _OWNERS)
+            of_list = triton.cdiv(num_owners, _OWNERS)
+            programs[i] = num_lists * (of_list if each.of_tiles else min(of_list, _PROGRAMS))
         constants |= {
             f"BLOCK_M_{i}": each and each.block_m,
             f"BLOCK_N_{i}": each and each.block_n,
@@ -200,7 +210,8 @@ def fill_lists(plan: Plan, lists: Sequence[Tensor], list_sizes: Sequence[ListSiz
     launch(list_kernel, sum(programs))(
         plan.block_bits.view(torch.int64), plan.slot_key, plan.counts, *outs, plan.query_len,
         plan.epoch_len, plan.num_epochs, plan.num_slots, *programs[:2], GROUP=list_sizes[0].group,
-        MEMBERS=plan.members, **constants, OWNERS=_OWNERS, SIZE=_SIZE, num_warps=1,
+        MEMBERS=plan.members, **constants, OWNERS=_OWNERS, PROGRAMS=_PROGRAMS, SIZE=_SIZE,
+        num_warps=1,
     )  # fmt: skip
 
 

@@ -82,29 +82,6 @@ class TileConfig:
 
 
 @dataclass(frozen=True)
-class RoleConfig:
-    """Sizes of the forward kernel whose warps have roles, `gluon_forward.py`.
-
-    Attributes:
-        block_m: Rows of a tile, 64 for each of two consumers.
-        block_n: Key slots of a block.
-        buffers: Blocks of keys, and of values, in shared memory.
-        rows_together: Rows of keys, (batch entry, KV head), whose tiles run at the same time.
-        registers: Of a thread at the start; the roles share out what 384 threads have then.
-        consumer_registers: Of a thread of a consumer.
-        producer_registers: Of a thread of the producer.
-    """
-
-    block_m: int
-    block_n: int
-    buffers: int
-    rows_together: int
-    registers: int
-    consumer_registers: int
-    producer_registers: int
-
-
-@dataclass(frozen=True)
 class Tiles:
     """The kernels of one (architecture, head dimension).
 
@@ -236,12 +213,6 @@ _PAIRS = {
 }
 
 
-# (architecture, head dimension) -> forward by roles, times as above: 2.10 instead of 2.62 at
-# (1, 32, 8, 32768, 2048), 0.31 instead of 0.38 at N = 4096. Without turns at the tensor cores 3 %
-# slower, with blocks of 64 slots in 4 buffers 12 %.
-_ROLES = {("sm_90", 128): RoleConfig(128, 128, 2, 8, 168, 240, 24)}
-
-
 @dataclass(frozen=True)
 class ScoreTiles:
     """Sizes of the kernels of key scores, `key_scores.py`.
@@ -285,14 +256,6 @@ class ScoreTiles:
 # Microseconds, forward and backward, on one H200, width 1024 with 4 KV heads: 1 token 8.3 and 25,
 # 16384 tokens 22 and 78; width 4096 with 8: 115 and 465. Other sizes have not been tried.
 SCORE_TILES = ScoreTiles(4, 16, 128, 4, 16, 32, 128, 128, 64, 32, 32, 4)
-
-
-def role_config(architecture: str, head_dim: int) -> RoleConfig | None:
-    """The sizes of the forward kernel by roles, or ``None`` where it cannot be used.
-
-    It is written in Gluon, whose names and meanings are those of one version of Triton.
-    """
-    return _ROLES.get((architecture, head_dim)) if knows_triton() else None
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...plan import Plan
 from .block_lists import tile_lists
-from .config import TileConfig, architecture_of, keeps_rest, padded_head_dim, role_config, tiles_for
+from .config import TileConfig, architecture_of, keeps_rest, padded_head_dim, tiles_for
 from .inputs import (
     Call,
     are_short,
@@ -31,6 +31,7 @@ from .inputs import (
     words_of_tile,
 )
 from .launch import launch
+from .role_config import roles_for
 from .slots import run_sources, slot_chunks, slot_dim, slots_of, uses_descriptors
 from .tiles import (
     LOWEST,
@@ -453,11 +454,11 @@ def forward(
     group = num_heads // heads_kv
     roles = None
     if config is None and plan.is_selection:
-        roles = role_config(architecture_of(query.device), head_dim)
+        roles = roles_for(architecture_of(query.device), head_dim)
     if roles is not None:
         from .gluon_forward import gluon_forward  # only where its version of Triton is installed
 
-        served = gluon_forward(plan, query, key, value, call, roles, with_norm=with_norm)
+        served = gluon_forward(plan, query, key, value, call, roles.forward, with_norm=with_norm)
         if served is not None:
             return served
     out = torch.empty_like(query, memory_format=torch.contiguous_format)

@@ -5,7 +5,7 @@ and its blocks of slots ahead of use (TMA, a ring of buffers guarded by barriers
 four warps own 64 rows each. A consumer starts the scores of a block, then the product of the block
 before with its values, and exponentiates while the tensor cores work; the consumers take turns at
 starting products, so that one computes exponentials while the other multiplies. Written in Gluon,
-which is part of Triton but changes with every version: see `config.role_config`.
+which is part of Triton but changes with every version: see `role_config.roles_for`.
 
 Per-key biases of KV heads only; everything else is served by `forward.py`. As there, a block gives
 the same bits with the comparisons and without. Symbols as there.
@@ -14,7 +14,6 @@ the same bits with the comparisons and without. Symbols as there.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import torch
 import triton
@@ -31,9 +30,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ...plan import Plan
-from .config import RoleConfig, keeps_rest, slot_rows
+from .config import keeps_rest, slot_rows
 from .inputs import Call, query_tiles, rest_arguments
 from .launch import launch
+from .role_config import RoleConfig
 from .slots import copy_slots
 from .tiles import LOWEST, NUMBERS, epoch_bounds, tile_blocks
 
@@ -147,7 +147,7 @@ def _produce(
 
 
 @gluon.jit
-def _lane_sums(block):
+def lane_sums(block):
     """The part of every row's sum that one thread holds, ``[M, 4]``: no exchange until the end."""
     block = block.reshape([block.shape[0], block.shape[1] // 8, 4, 2])
     return gl.sum(gl.sum(block, 3), 1)
@@ -183,7 +183,7 @@ def _softmax(
     probs = gl.exp2(scores - new_peak[:, None])
     factor = gl.exp2(peak - new_peak)
     kept = gl.convert_layout(factor, gl.SliceLayout(1, total.type.layout))[:, None]
-    return probs, factor, new_peak, total * kept + _lane_sums(probs)
+    return probs, factor, new_peak, total * kept + lane_sums(probs)
 
 
 @gluon.jit
@@ -279,7 +279,7 @@ def _consume(
         if CLAMPS:
             at = gl.maximum(at, 0)
         peak = gl.full([_ROWS], LOWEST, gl.float32, gl.SliceLayout(1, S))
-        total = _lane_sums(nothing)
+        total = lane_sums(nothing)
         acc = gl.zeros([_ROWS, D], gl.float32, ACC)
         # Triton 3.6 forgets to carry a variable around a loop that is read in nested blocks alone,
         # so that `num_full` stands in this condition, too; it is never above `num_steps`.
@@ -428,11 +428,25 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _describe(tensor: Tensor, block: list[int]) -> TensorDescriptor:
+def describe_rows(tensor: Tensor, block: list[int]) -> TensorDescriptor:
     """A descriptor of blocks of a contiguous tensor, seen as rows as wide as a block."""
     swizzle = 128 if tensor.element_size() == 2 else 0
     layout = gl.NVMMASharedLayout(swizzle, 8 * tensor.element_size(), len(block))
     return TensorDescriptor.from_tensor(tensor.view(-1, block[-1]), block, layout)
+
+
+def is_plain(call: Call) -> bool:
+    """Whether the kernels by roles serve these options: at most a bias per key and KV head."""
+    return not call.softcap and (call.bias is None or call.bias.kind == "kv head")
+
+
+def describe_tiles(tensor: Tensor, group: int, block_m: int) -> TensorDescriptor | None:
+    """`inputs.query_tiles` for a kernel in Gluon."""
+    tiles = query_tiles(tensor, group, block_m)
+    if tiles is None:
+        return None
+    layout = gl.NVMMASharedLayout(128, 8 * tensor.element_size(), 4)
+    return TensorDescriptor(tensor, tiles.shape, tiles.strides, tiles.block_shape, layout)
 
 
 def gluon_forward(
@@ -454,17 +468,14 @@ def gluon_forward(
     batch, query_len, num_heads, head_dim = query.shape
     heads_kv = key.shape[2]
     group = num_heads // heads_kv
-    tiles = query_tiles(query, group, _ROWS.value)
-    is_plain = call.bias is None or call.bias.kind == "kv head"
-    if tiles is None or call.softcap or not is_plain:
+    tiles_q = describe_tiles(query, group, _ROWS.value)
+    if tiles_q is None or not is_plain(call):
         return None
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = torch.empty(batch, num_heads, query_len, dtype=torch.float32, device=query.device)
     norm = lse.new_empty((2, *lse.shape)) if with_norm else None
     peak, share = (None, None) if norm is None else (norm[0], norm[1])
     out_rest = torch.empty_like(out) if with_norm and keeps_rest(out) else None
-    layout = gl.NVMMASharedLayout(128, 8 * query.element_size(), 4)
-    tiles_q: Any = TensorDescriptor(query, tiles.shape, tiles.strides, tiles.block_shape, layout)
     block, line = [config.block_n, head_dim], [1, config.block_n]
     num_tiles = triton.cdiv(plan.epoch_len * group, config.block_m)
     rows = batch * heads_kv
@@ -476,9 +487,9 @@ def gluon_forward(
         num_items = len(now) * plan.num_epochs * num_tiles
         assert plan.slot_start is not None and plan.slot_expiry is not None
         launch(gluon_forward_kernel, min(num_items, _multiprocessors(query.device)))(
-            tiles_q, _describe(slots.key, block), _describe(slots.value, block),
-            None if slots.bias is None else _describe(slots.bias, line),
-            _describe(plan.slot_start, line), _describe(plan.slot_expiry, line), out,
+            tiles_q, describe_rows(slots.key, block), describe_rows(slots.value, block),
+            None if slots.bias is None else describe_rows(slots.bias, line),
+            describe_rows(plan.slot_start, line), describe_rows(plan.slot_expiry, line), out,
             *rest_arguments(out, out_rest), lse, peak, share, plan.epochs, plan.visible,
             plan.entered, call.factors[0], num_items, len(now), row, plan.num_epochs, num_tiles,
             query_len, plan.key_len, plan.epoch_len, plan.old_slots, plan.num_slots,

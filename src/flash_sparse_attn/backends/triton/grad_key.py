@@ -3,22 +3,20 @@
 1. `grad_key_kernel`: a block of slots walks the query tiles of its epoch that see it and owns what
    this epoch contributes, in fp32. Scores are transposed (keys x queries): Triton 3.4 to 3.7.0 can
    compile ``dot(trans(ds), q)`` wrongly for Hopper.
-2. `reduce.reduce_kernel`: every key adds the contributions of its epochs, in their order, and
-   rounds once.
+2. `reduce.Parts`: every key adds the contributions of its epochs, in their order, and rounds once.
 
 Symbols as in `forward.py`.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...plan import Plan
 from .block_lists import slot_lists
-from .config import REDUCED_FLOATS, USES_AT_ONCE, TileConfig, padded_head_dim, partial_rows
+from .config import TileConfig, padded_head_dim
 from .grad_query import num_query_tiles
 from .inputs import (
     Call,
@@ -32,11 +30,12 @@ from .inputs import (
     words_of_tile,
 )
 from .launch import launch
-from .reduce import reduce_kernel
+from .reduce import Parts
 from .slots import slots_of
 from .tiles import (
     NUMBERS,
     bias_of_tile,
+    block_tiles,
     epoch_bounds,
     for_heads,
     hide,
@@ -256,10 +255,11 @@ def grad_key_kernel(
 ):  # fmt: skip
     """One program per (row, epoch, block of slots)."""
     i_local, rest = row_and_rest(num_epochs * num_blocks)
-    i_epoch, i_block = rest // num_blocks, rest % num_blocks
     if SLOTS == "gathered":
         # Most blocks hold nothing, and those that do are the first of their epochs: these first.
         i_block, i_epoch = rest // num_epochs, rest % num_epochs
+    else:
+        i_epoch, i_block = rest // num_blocks, rest % num_blocks
     i_row = row_0 + i_local
     i_batch, i_head = i_row // HEADS_KV, i_row % HEADS_KV
     plan_list = (i_batch * plan_b + i_head * plan_h) * num_lists
@@ -294,20 +294,10 @@ def grad_key_kernel(
                 ptr_start += plan_base
                 ptr_expiry += plan_base
             start, expiry = slot_intervals(ptr_start, ptr_expiry, slot, num_keys, SLOTS, CLAMPS)
-            # Queries of the epoch, from its first on, that see any of the slots, and that see all.
-            end = tl.maximum(position + num, 0)
-            from_any = tl.maximum(tl.min(start, 0) - position, 0)
-            to_any = tl.minimum(tl.minimum(tl.max(expiry, 0), end) - position, num)
-            from_all = tl.maximum(tl.minimum(tl.max(start, 0), end) - position, 0)
-            to_all = tl.minimum(tl.minimum(tl.min(expiry, 0), end) - position, num)
-            if CLAMPS:
-                from_any = tl.where(tl.min(start, 0) <= 0, 0, from_any)
-                from_all = tl.where(tl.max(start, 0) <= 0, 0, from_all)
-            # Slots that only later epochs see have no tile in this one.
-            tile_1 = tl.maximum(tl.cdiv(to_any * GROUP, BLOCK_M), 0)
-            tile_0 = tl.minimum(from_any * GROUP // BLOCK_M, tile_1)
-            full_0 = tl.minimum(tl.cdiv(from_all * GROUP, BLOCK_M), tile_1)
-            full_1 = tl.maximum(tl.maximum(to_all, 0) * GROUP // BLOCK_M, full_0)
+            tile_0, full_0, full_1, tile_1 = block_tiles(
+                tl.min(start, 0), tl.max(start, 0), tl.min(expiry, 0), tl.max(expiry, 0), position,
+                num, GROUP, BLOCK_M, CLAMPS,
+            )  # fmt: skip
             if HAS_MASK:
                 full_1 = full_0  # with a second loop ptxas serializes wgmma
             num_before = full_0 - tile_0
@@ -435,24 +425,9 @@ def run_grad_key(
         slot_bias: From `run_grad_query`.
     """
     query, key, value = saved.query, saved.key, saved.value
-    batch, key_len, heads_kv, head_dim = key.shape
-    group = query.shape[2] // heads_kv
+    heads_kv, head_dim, group = key.shape[2], key.shape[3], saved.group
     members = 1 if call.bias is None else call.bias.members
-    flags = {
-        "NEEDS_KEY": grad_key is not None,
-        "NEEDS_VALUE": grad_value is not None,
-        "NEEDS_BIAS": grad_bias is not None,
-    }
-    rows = batch * heads_kv
-    chunk = partial_rows(rows, plan.num_epochs * plan.num_slots * head_dim, query, key)
-
-    def part(wanted: bool, *last: int) -> Tensor | None:
-        shape = (chunk, plan.num_epochs, plan.num_slots, *last)
-        return torch.empty(shape, dtype=torch.float32, device=key.device) if wanted else None
-
-    part_key = part(grad_key is not None, head_dim)
-    part_value = part(grad_value is not None, head_dim)
-    part_bias = part(grad_bias is not None, members)
+    parts = Parts.of(plan, saved, members, grad_key, grad_value, grad_bias)
     tiles_q, tiles_grad = (
         query_tiles(tensor, group, config.block_m) if config.uses_tma else None
         for tensor in (query, saved.grad_out)
@@ -460,37 +435,26 @@ def run_grad_key(
     num_blocks = triton.cdiv(plan.num_slots, config.block_n)
     num_tiles = num_query_tiles(plan, saved, config)
     lists = slot_lists(plan, group, config.block_m, config.block_n)
-    block_k = max(1, REDUCED_FLOATS // padded_head_dim(head_dim))
-    key_blocks = triton.cdiv(key_len, block_k)
-    for row in range(0, rows, chunk):
-        now = range(row, min(row + chunk, rows))
+    for now in parts.chunks:
         bias = slot_bias
-        if bias is None or len(now) < rows:
+        if bias is None or len(parts.chunks) > 1:
             bias = slots_of(plan, key, value, call.bias, now, with_rows=False).bias
         launch(grad_key_kernel, len(now) * plan.num_epochs * num_blocks)(
             tiles_q or query, key, value, tiles_grad or saved.grad_out, *saved.norm, saved.delta,
-            part_key, part_value, part_bias, plan.slot_key, plan.slot_start, plan.slot_expiry,
+            *parts.tensors, plan.slot_key, plan.slot_start, plan.slot_expiry,
             plan.counts, plan.epochs, plan.slot_bits, lists, plan.mask, bias, call.bias_tensor,
             *call.factors, call.softmax_scale, query.shape[1], plan.key_len, plan.epoch_len,
             plan.num_epochs, plan.num_lists, num_tiles, num_blocks, plan.old_slots, plan.num_slots,
-            row, *plan.row_strides(heads_kv), *query.stride()[:3], *key.stride()[:3],
+            now.start, *plan.row_strides(heads_kv), *query.stride()[:3], *key.stride()[:3],
             *value.stride()[:3], *saved.grad_out.stride(), *call.bias_strides,
             *mask_strides(plan, heads_kv, group), HEADS_KV=heads_kv, GROUP=group,
             GROUP_PAD=triton.next_power_of_2(members), D=head_dim,
             BLOCK_D=padded_head_dim(head_dim), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
             STAGES=config.num_stages, **plan_flags(plan), ROWS=has_rows(plan, call),
             SHARED=shares_bias(plan, call, config.block_m, group),
-            WORDS=words_of_tile(config.block_m, group), **call.flags, **flags,
+            WORDS=words_of_tile(config.block_m, group), **call.flags, **parts.flags,
             PACKED=plan.epochs is not None, ALIGNED=is_aligned(query),
             ALIGNED_KV=is_aligned(key, value), GRAD_ALIGNED=is_aligned(saved.grad_out),
             TMA_Q=tiles_q is not None, TMA_GRAD=tiles_grad is not None, **config.options,
         )  # fmt: skip
-        launch(reduce_kernel, len(now) * key_blocks)(
-            part_key, part_value, part_bias, plan.use_end, plan.use_slot, grad_key, grad_value,
-            grad_bias, plan.query_len, key_len, plan.epoch_len, plan.num_epochs, plan.num_lists,
-            plan.num_slots, key_blocks, row, *plan.row_strides(heads_kv), HEADS_KV=heads_kv,
-            MEMBERS=members, MEMBERS_PAD=triton.next_power_of_2(members), D=head_dim,
-            BLOCK_D=padded_head_dim(head_dim), BLOCK_K=block_k, USES=USES_AT_ONCE, SLOTS=plan.slots,
-            LISTED=plan.use_end is not None, CAUSAL=not plan.clamps_positions,
-            PACKED=plan.epochs is not None, **flags, num_warps=4,
-        )  # fmt: skip
+        parts.add_up(now)

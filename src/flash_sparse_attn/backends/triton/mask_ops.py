@@ -28,25 +28,8 @@ _library.define(
 )
 
 
-def _with_lists(
-    layout: MaskLayout,
-    num_heads: int,
-    heads_kv: int,
-    batch: int,
-    for_backward: bool,
-    architecture: str,
-    head_dim: int,
-    reads_pairs: bool,
-) -> MaskLayout:
-    """A layout with the lists that the kernels of its call are going to read."""
-    return layout.with_lists(
-        tiles_for(architecture, head_dim, reads_pairs), num_heads // heads_kv,
-        batch * layout.query_len * num_heads, for_backward=for_backward,
-    )  # fmt: skip
-
-
 def _layout_of(
-    mask_shape: tuple[int, ...],
+    mask_shape: tuple[int, ...] | None,
     query_len: int,
     key_len: int,
     num_heads: int,
@@ -57,10 +40,13 @@ def _layout_of(
     head_dim: int,
     reads_pairs: bool,
 ) -> MaskLayout:
-    """The layout of a call with a bool mask, its lists included."""
+    """The layout of a call, with the lists that its kernels are going to read."""
     heads = num_heads, heads_kv, batch
     layout = MaskLayout.of(mask_shape, query_len, key_len, *heads, reads_pairs=reads_pairs)
-    return _with_lists(layout, *heads, for_backward, architecture, head_dim, reads_pairs)
+    return layout.with_lists(
+        tiles_for(architecture, head_dim, reads_pairs), num_heads // heads_kv,
+        batch * query_len * num_heads, for_backward=for_backward,
+    )  # fmt: skip
 
 
 def _architecture_of(device: torch.device) -> str:
@@ -164,12 +150,11 @@ def plan_of(problem: Problem, mask: Tensor | None) -> Plan:
     heads = problem.num_heads, problem.num_kv_heads, problem.batch
     # The kernels of a plan from a mask read no mask themselves.
     reads_pairs = problem.bias_shape is not None and problem.bias_shape[2] > 1
-    layout = MaskLayout.of(shape, query_len, key_len, *heads, reads_pairs=reads_pairs)
+    kernels = _architecture_of(problem.device), problem.head_dim, reads_pairs
+    needs = problem.requires_grad
+    layout = _layout_of(shape, query_len, key_len, *heads, needs, *kernels)
     if mask is None or layout.kind == "keys":
         return _plan_of_keys(layout.sizes, is_causal, mask)
-    needs = problem.requires_grad
-    kernels = _architecture_of(problem.device), problem.head_dim, reads_pairs
-    layout = _with_lists(layout, *heads, needs, *kernels)
     if not is_traced(mask):
         return _plan(mask, layout, is_causal, needs)
     tensors = torch.ops.flash_sparse_attn.plan_mask(

@@ -32,6 +32,7 @@ class MaskLayout:
         num_epochs: ``E``.
         num_slots: ``P``, all of them in the old part.
         query_len, key_len: ``Q`` and ``K``.
+        reads_pairs: Whether the call has a bias that depends on the query.
         lists: The lists of blocks and tiles that the plan holds ready.
     """
 
@@ -44,6 +45,7 @@ class MaskLayout:
     num_slots: int
     query_len: int
     key_len: int
+    reads_pairs: bool = False
     lists: tuple[ListSizes, ...] = ()
 
     @classmethod
@@ -60,10 +62,7 @@ class MaskLayout:
         *,
         reads_pairs: bool = False,
     ) -> MaskLayout:
-        """The layout of a call; `kind` and `epoch_len` are chosen unless they are given.
-
-        `reads_pairs`: whether it has a bias that depends on the query.
-        """
+        """The layout of a call; `kind` and `epoch_len` are chosen unless they are given."""
         batches, heads, queries, _ = mask_shape or (1, 1, 1, 1)
         row_heads = 1 if heads == 1 else heads_kv
         members = num_heads // heads_kv if heads == num_heads else 1
@@ -88,6 +87,7 @@ class MaskLayout:
             -(-key_len // SLOT_ALIGN) * SLOT_ALIGN,
             query_len,
             key_len,
+            reads_pairs,
         )
 
     def with_lists(
@@ -99,12 +99,14 @@ class MaskLayout:
             tiles: Of the call.
             group: ``H / Hkv``.
             num_rows: (query, head) pairs of the call.
-            for_backward: Also those of the backward pass.
+            for_backward: Also those of the backward pass. Where that gathers a bias of pairs it
+                makes them itself: before forward they would take 7 of 500 microseconds, there they
+                are lost among 1300.
         """
         if self.kind != "bits":
             return self
         readers = [(True, tiles.forward_of("gathered", num_rows))]
-        if for_backward:
+        if for_backward and not self.reads_pairs:
             readers += [(True, tiles.grad_query), (False, tiles.grad_key)]
         lists = (ListSizes(of, group, each.block_m, each.block_n) for of, each in readers)
         return replace(self, lists=tuple(dict.fromkeys(lists)))  # one serves those of equal sizes

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from ...plan import Plan
+from .config import REDUCED_FLOATS, USES_AT_ONCE, padded_head_dim, partial_rows
+from .inputs import Saved
+from .launch import launch
 from .tiles import NUMBERS, load_rows, row_and_rest, store_rows
 
 _SEARCHED = tl.constexpr(32)  # epochs whose use of keys is looked up together
@@ -101,3 +110,72 @@ def reduce_kernel(
     if NEEDS_BIAS:
         ptrs = ptr_grad_bias + (i_row * MEMBERS + member)[None, :] * key_len + key[:, None]
         tl.store(ptrs, grad_bias, mask=live[:, None] & (member < MEMBERS)[None, :])
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What every epoch contributes to the gradients of its slots, for some rows after the others.
+
+    Attributes:
+        plan: Of the call.
+        tensors: fp32 ``[rows, E, P, D]`` of keys and of values, and ``[rows, E, P, members]`` of a
+            bias per key; ``None`` for what is not asked for.
+        grads: What they are summed to: gradients of key and value, ``[B, K, Hkv, D]``, and of the
+            bias, fp32 ``[B, Hkv * members, 1, K]``, all contiguous.
+        chunks: Rows of keys that are taken at a time, to bound memory.
+        shape: ``(K, Hkv, D, members)``.
+    """
+
+    plan: Plan
+    tensors: tuple[Tensor | None, Tensor | None, Tensor | None]
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None]
+    chunks: list[range]
+    shape: tuple[int, int, int, int]
+
+    @classmethod
+    def of(
+        cls,
+        plan: Plan,
+        saved: Saved,
+        members: int,
+        grad_key: Tensor | None,
+        grad_value: Tensor | None,
+        grad_bias: Tensor | None,
+    ) -> Parts:
+        """Room for the parts of these gradients."""
+        key_len, heads_kv, head_dim = saved.key.shape[1:]
+        rows = len(saved.rows)
+        elements = plan.num_epochs * plan.num_slots * head_dim
+        step = partial_rows(rows, elements, saved.query, saved.key)
+        grads = grad_key, grad_value, grad_bias
+        tensors = (
+            None if grad is None else torch.empty(
+                (step, plan.num_epochs, plan.num_slots, last), dtype=torch.float32,
+                device=grad.device,
+            )
+            for grad, last in zip(grads, (head_dim, head_dim, members), strict=True)
+        )  # fmt: skip
+        chunks = [range(row, min(row + step, rows)) for row in range(0, rows, step)]
+        return cls(plan, tuple(tensors), grads, chunks, (key_len, heads_kv, head_dim, members))  # type: ignore[arg-type]
+
+    @property
+    def flags(self) -> dict[str, Any]:
+        """Which gradients are asked for, as constants of kernels."""
+        names = "NEEDS_KEY", "NEEDS_VALUE", "NEEDS_BIAS"
+        return {name: grad is not None for name, grad in zip(names, self.grads, strict=True)}
+
+    def add_up(self, rows: range) -> None:
+        """Fill the gradients of some rows."""
+        plan = self.plan
+        key_len, heads_kv, head_dim, members = self.shape
+        block_k = max(1, REDUCED_FLOATS // padded_head_dim(head_dim))
+        key_blocks = triton.cdiv(key_len, block_k)
+        launch(reduce_kernel, len(rows) * key_blocks)(
+            *self.tensors, plan.use_end, plan.use_slot, *self.grads, plan.query_len, key_len,
+            plan.epoch_len, plan.num_epochs, plan.num_lists, plan.num_slots, key_blocks, rows.start,
+            *plan.row_strides(heads_kv), HEADS_KV=heads_kv, MEMBERS=members,
+            MEMBERS_PAD=triton.next_power_of_2(members), D=head_dim,
+            BLOCK_D=padded_head_dim(head_dim), BLOCK_K=block_k, USES=USES_AT_ONCE, SLOTS=plan.slots,
+            LISTED=plan.use_end is not None, CAUSAL=not plan.clamps_positions,
+            PACKED=plan.epochs is not None, **self.flags, num_warps=4,
+        )  # fmt: skip

@@ -26,6 +26,18 @@ from .tiles import NUMBERS, load_rows, log2_bias, row_and_rest, row_offsets
 _BIASES = 512  # slots whose bias one program copies where keys and values are not
 
 
+@triton.jit
+def _block_of(num_lists, num_blocks, row_0, plan_b, plan_h, HEADS_KV: tl.constexpr):
+    """Of this program: row among those at hand, batch entry, KV head, list, its number in the plan,
+    and block."""
+    i_local, rest = row_and_rest(num_lists * num_blocks)
+    i_list, i_block = rest // num_blocks, rest % num_blocks
+    i_row = row_0 + i_local
+    i_batch, i_head = i_row // HEADS_KV, i_row % HEADS_KV
+    plan_list = (i_batch * plan_b + i_head * plan_h) * num_lists + i_list
+    return i_local, i_batch, i_head, i_list, plan_list, i_block
+
+
 @triton.jit(do_not_specialize=NUMBERS)
 def copy_kernel(
     ptr_k,
@@ -64,11 +76,9 @@ def copy_kernel(
     ALIGNED: tl.constexpr,
 ):
     """One program per (row, list, block of slots)."""
-    i_local, rest = row_and_rest(num_lists * num_blocks)
-    i_list, i_block = rest // num_blocks, rest % num_blocks
-    i_row = row_0 + i_local
-    i_batch, i_head = i_row // HEADS_KV, i_row % HEADS_KV
-    plan_list = (i_batch * plan_b + i_head * plan_h) * num_lists + i_list
+    i_local, i_batch, i_head, i_list, plan_list, i_block = _block_of(
+        num_lists, num_blocks, row_0, plan_b, plan_h, HEADS_KV
+    )
     slot_0 = i_block * BLOCK_N
     part = (slot_0 >= old_slots).to(tl.int32)
     used = tl.load(ptr_counts + plan_list * 2 + part)
@@ -121,14 +131,12 @@ def bias_kernel(
     BLOCK: tl.constexpr,
 ):
     """One program per (row, list, block of slots), or per (row, block of keys) without lists."""
-    i_local, rest = row_and_rest(num_lists * num_blocks)
-    i_list, i_block = rest // num_blocks, rest % num_blocks
-    i_row = row_0 + i_local
-    i_batch, i_head = i_row // HEADS_KV, i_row % HEADS_KV
+    i_local, i_batch, i_head, i_list, plan_list, i_block = _block_of(
+        num_lists, num_blocks, row_0, plan_b, plan_h, HEADS_KV
+    )
     slot = i_block * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     used = num_slots
     if LISTED:
-        plan_list = (i_batch * plan_b + i_head * plan_h) * num_lists + i_list
         used = tl.cdiv(tl.load(ptr_counts + plan_list * 2), 128) * 128
     if i_block * BLOCK < used:
         if LISTED:

@@ -451,6 +451,34 @@ def tile_blocks(ptr_visible, ptr_entered, i_first, i_last, BLOCK_N: tl.constexpr
 
 
 @triton.jit
+def block_tiles(
+    min_start, max_start, min_expiry, max_expiry, position, num,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    CLAMPS: tl.constexpr,
+):  # fmt: skip
+    """The tiles of an epoch for a block of slots, given the borders of their intervals.
+
+    Returns the first tile that sees any of the slots, begin and end of those that see all, and the
+    end of those that see any. Slots that only later epochs see have no tile in this one.
+    """
+    # Queries of the epoch, from its first on, that see any of the slots, and that see all.
+    end = tl.maximum(position + num, 0)
+    from_any = tl.maximum(min_start - position, 0)
+    to_any = tl.minimum(tl.minimum(max_expiry, end) - position, num)
+    from_all = tl.maximum(tl.minimum(max_start, end) - position, 0)
+    to_all = tl.minimum(tl.minimum(min_expiry, end) - position, num)
+    if CLAMPS:
+        from_any = tl.where(min_start <= 0, 0, from_any)
+        from_all = tl.where(max_start <= 0, 0, from_all)
+    tile_1 = tl.maximum(tl.cdiv(to_any * GROUP, BLOCK_M), 0)
+    tile_0 = tl.minimum(from_any * GROUP // BLOCK_M, tile_1)
+    full_0 = tl.minimum(tl.cdiv(from_all * GROUP, BLOCK_M), tile_1)
+    full_1 = tl.maximum(tl.maximum(to_all, 0) * GROUP // BLOCK_M, full_0)
+    return tile_0, full_0, full_1, tile_1
+
+
+@triton.jit
 def key_blocks(
     at_first, at_last, num_keys, CLAMPS: tl.constexpr, IS_BORDER: tl.constexpr,
     BLOCK_N: tl.constexpr,

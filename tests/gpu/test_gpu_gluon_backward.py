@@ -1,0 +1,154 @@
+"""The backward kernels by roles against fp64, and against the kernels that they stand in for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from oracles import check_attention
+from test_gpu_gluon import CASES, DIM, Case, Inputs
+
+from flash_sparse_attn import flash_sparse_attn_func
+from flash_sparse_attn.backends.triton import config, gluon_backward, role_config
+from flash_sparse_attn.backends.triton.backward import Needs, backward
+from flash_sparse_attn.backends.triton.forward import forward
+from flash_sparse_attn.backends.triton.inputs import Bias, Call
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def is_used(monkeypatch: pytest.MonkeyPatch, recordings: Any) -> list[bool]:
+    """Notes which calls the kernels served."""
+    if role_config.roles_for(config.architecture_of(torch.device("cuda", 0)), DIM) is None:
+        pytest.skip("this GPU or version of Triton has no kernels by roles")
+    served: list[bool] = []
+    run = gluon_backward.gluon_backward
+
+    def noted(*args: Any) -> bool:
+        served.append(run(*args))
+        return served[-1]
+
+    monkeypatch.setattr(gluon_backward, "gluon_backward", noted)
+    # What nobody writes is NaN.
+    torch.use_deterministic_algorithms(True)
+    return served
+
+
+def gradients(inputs: Inputs, needs: Needs | None = None, tiles: Any = None) -> list[Any]:
+    _, plan = inputs.plan()
+    out, _, *kept = inputs.attend(plan)
+    torch.manual_seed(1)
+    grad = torch.randn_like(out)
+    tensors = (inputs.query, inputs.key, inputs.value)
+    needs = needs or Needs(bias=inputs.case.has_bias)
+    return list(backward(plan, *tensors, out, *kept, grad, inputs.call(), needs, tiles=tiles))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_agrees_with_fp64_and_with_the_other_kernels(name: str, is_used: list[bool]) -> None:
+    case = CASES[name]
+    inputs = Inputs(case)
+    selection, _ = inputs.plan()
+    bias = inputs.scores[:, :, None] if case.has_bias else None
+
+    def attend(*tensors: Any) -> Any:
+        query, key, value, *rest = tensors
+        return flash_sparse_attn_func(
+            query, key, value, selection, *rest, is_causal=case.is_causal, backend="triton"
+        )
+
+    mask = selection.to_dense(case.queries, case.is_causal)
+    check_attention(attend, inputs.query, inputs.key, inputs.value, mask, bias)
+    assert is_used == [True]
+    got = gradients(inputs)
+    want = gradients(inputs, tiles=config.tiles_for("sm_90", DIM))
+    assert is_used == [True, True]
+    for mine, other, what in zip(got, want, ("query", "key", "value", "bias"), strict=True):
+        assert (mine is None) == (other is None)
+        if mine is not None:
+            difference = (mine.double() - other.double()).norm()
+            assert difference <= 2e-3 * other.double().norm() + 1e-5, what
+
+
+@pytest.mark.parametrize("name", ("ordinary", "many epochs", "batch, many rows", "rising"))
+def test_kept_in_pieces(name: str, is_used: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """However much is kept at a time, every bit is the same."""
+    inputs = Inputs(CASES[name])
+    want = gradients(inputs)
+    _, plan = inputs.plan()
+    unit = plan.num_slots * plan.epoch_len * (CASES[name].heads // CASES[name].kv_heads) * 2
+    monkeypatch.setattr(role_config, "KEPT_PROGRAMS", 0)
+    for units in (1, 3):
+        monkeypatch.setattr(role_config, "KEPT_BYTES", units * unit)
+        for got, whole in zip(gradients(inputs), want, strict=True):
+            assert torch.equal(got, whole)
+    monkeypatch.setattr(role_config, "KEPT_BYTES", unit - 1)
+    gradients(inputs)
+    assert is_used == [True, True, True, False]
+
+
+def test_runs_repeat_bit_for_bit(is_used: list[bool]) -> None:
+    inputs = Inputs(Case(batch=2, queries=1500, keys=1500, window=300))
+    want = gradients(inputs)
+    for _ in range(5):
+        for got, first in zip(gradients(inputs), want, strict=True):
+            assert torch.equal(got, first)
+    assert all(is_used)
+
+
+@pytest.mark.parametrize("pattern", ("random", "rising"))
+def test_the_past_knows_nothing_of_the_future(pattern: str, is_used: list[bool]) -> None:
+    """A loss of earlier rows has no gradient at later tokens, whatever these are."""
+    inputs = Inputs(Case(pattern=pattern, queries=1500, keys=1500, window=300))
+    torch.manual_seed(1)
+    grad = torch.randn_like(inputs.query)
+    for at in (1100, 130):
+        grad[:, at:] = 0
+        results = []
+        for shift in (0.0, 3.0):
+            inputs.scores[:, :, at:] += shift
+            inputs.value[:, at:] += shift
+            _, plan = inputs.plan()
+            out, _, *kept = inputs.attend(plan)
+            tensors = (inputs.query, inputs.key, inputs.value)
+            call = inputs.call()
+            results.append(backward(plan, *tensors, out, *kept, grad, call, Needs(bias=True)))
+        for before, after in zip(*results, strict=True):
+            length_first = before.shape[1] == 1500
+            early = [t[:, :at] if length_first else t[..., :at] for t in (before, after)]
+            late = [t[:, at:] if length_first else t[..., at:] for t in (before, after)]
+            assert torch.equal(*early)
+            assert not any(part.any() for part in late)
+    assert all(is_used)
+
+
+def test_calls_of_the_other_kernels(is_used: list[bool]) -> None:
+    """A softcap, a bias per head or pair, strides that do not fit, and some gradients only."""
+    inputs = Inputs(Case())
+    _, plan = inputs.plan()
+    tensors = (inputs.query, inputs.key, inputs.value)
+    scale = DIM**-0.5
+    biases = (torch.randn(shape, device="cuda") for shape in ((1, 8, 1, 600), (1, 1, 600, 600)))
+    calls = [Call(scale, bias=Bias.of(bias, 8, 2)) for bias in biases]
+    calls += [Call(scale / 20, softcap=20.0), inputs.call()]
+    stride_0 = torch.ones((), device="cuda", dtype=inputs.query.dtype).expand_as(inputs.query)
+    for call in calls:
+        out, _, *kept = forward(plan, *tensors, call, with_norm=True)
+        backward(plan, *tensors, out, *kept, stride_0, call, Needs())
+    assert is_used == [False] * 4
+    gradients(inputs, Needs(query=False))
+    gradients(inputs, Needs(key=False))
+    gradients(inputs, Needs(value=False))
+    assert len(is_used) == 4
+    gradients(inputs)
+    assert is_used[-1]
+
+
+def test_which_calls_are_large_enough() -> None:
+    assert role_config.kept_units(32, 24, 3072 * 4096 * 2) == 32
+    assert role_config.kept_units(128, 32, 4096 * 8192 * 2) == 16
+    assert role_config.kept_units(2, 2, 1 << 20) == 2  # few, but all of them
+    assert role_config.kept_units(256, 48, 6144 * 16384 * 2) == 0
+    assert role_config.kept_units(32, 1000, (1 << 30) + 1) == 0
