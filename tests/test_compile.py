@@ -317,7 +317,7 @@ def test_gradients_of_pairs_are_spread_16_bytes_at_a_time(sums: bool, slots: str
 def test_lists_are_made_of_whole_flags(number: int) -> None:
     """Those of all and of any query in one access, and nothing is spilled."""
     sizes = ((16, 128, True), (64, 64, True), (32, 64, False))[:number]
-    constants = {"GROUP": 2, "MEMBERS": 1, "OWNERS": 4, "SIZE": 64, "num_warps": 1}
+    constants = {"GROUP": 2, "MEMBERS": 1, "OWNERS": 4, "PROGRAMS": 16, "SIZE": 64, "num_warps": 1}
     for i, (block_m, block_n, of_tiles) in enumerate(sizes):
         constants |= {f"BLOCK_M_{i}": block_m, f"BLOCK_N_{i}": block_n}
         constants |= {f"OF_TILES_{i}": of_tiles, f"WORDS_{i}": words_of_tile(block_m, 2)}

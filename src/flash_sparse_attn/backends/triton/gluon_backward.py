@@ -10,8 +10,9 @@ Products are five, not seven: the gradients of scores, which are rounded to be m
 queries, are stored as well, for some units after the others, and `grad_product.py` multiplies them
 with the keys. As everywhere in backward nothing is summed by atomics.
 
-Per-key biases of KV heads only, and all of dQ, dK and dV; other calls are served by `grad_query.py`
-and `grad_key.py`. Symbols as in `forward.py`; written in Gluon, see `role_config.roles_for`.
+Per-key biases of KV heads only, all of dQ, dK and dV, and rows of keys whose (query, head) pairs
+begin at multiples of 4; other calls are served by `grad_query.py` and `grad_key.py`. Symbols as in
+`forward.py`; written in Gluon, see `role_config.roles_for`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ...plan import Plan
-from .gluon_forward import describe_rows, describe_tiles, is_plain, lane_sums
+from .gluon_forward import describe_rows, describe_tiles, lane_sums
 from .grad_product import run_delta, run_product
 from .inputs import Call, Saved
 from .launch import launch
@@ -335,7 +336,7 @@ def gluon_grad_key_kernel(
 
 
 def _describe_lines(tensor: Tensor, block_m: int) -> TensorDescriptor:
-    """A descriptor of parts of one long row, which may begin anywhere."""
+    """A descriptor of parts of one long row, which begin at multiples of 4."""
     size = tensor.numel()
     layout = gl.NVMMASharedLayout(0, 32, 2)
     # The stride of a dimension of size 1 means nothing, but must be a multiple of 16 bytes.
@@ -371,7 +372,9 @@ def gluon_backward(
     units = len(saved.rows) * plan.num_epochs
     size = plan.num_slots * columns * query.element_size()
     at_once = kept_units(units, num_blocks, size)
-    if tiles_q is None or tiles_grad is None or not is_plain(call) or not at_once:
+    # Lines are loaded from multiples of 16 bytes.
+    is_even = group % 4 == 0 or (plan.epochs is None and plan.query_len * group % 4 == 0)
+    if tiles_q is None or tiles_grad is None or not (call.is_plain and is_even and at_once):
         return False
     run_delta(saved)
     parts = Parts.of(plan, saved, 1, grad_key, grad_value, grad_bias)

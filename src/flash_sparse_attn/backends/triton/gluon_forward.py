@@ -435,11 +435,6 @@ def describe_rows(tensor: Tensor, block: list[int]) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(tensor.view(-1, block[-1]), block, layout)
 
 
-def is_plain(call: Call) -> bool:
-    """Whether the kernels by roles serve these options: at most a bias per key and KV head."""
-    return not call.softcap and (call.bias is None or call.bias.kind == "kv head")
-
-
 def describe_tiles(tensor: Tensor, group: int, block_m: int) -> TensorDescriptor | None:
     """`inputs.query_tiles` for a kernel in Gluon."""
     tiles = query_tiles(tensor, group, block_m)
@@ -469,7 +464,7 @@ def gluon_forward(
     heads_kv = key.shape[2]
     group = num_heads // heads_kv
     tiles_q = describe_tiles(query, group, _ROWS.value)
-    if tiles_q is None or not is_plain(call):
+    if tiles_q is None or not call.is_plain:
         return None
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = torch.empty(batch, num_heads, query_len, dtype=torch.float32, device=query.device)

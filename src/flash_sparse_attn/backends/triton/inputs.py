@@ -204,6 +204,11 @@ class Call:
         return self.softmax_scale * LOG2E, 0.0
 
     @property
+    def is_plain(self) -> bool:
+        """Whether it has no softcap, and at most a bias per key and KV head."""
+        return not self.softcap and (self.bias is None or self.bias.kind == "kv head")
+
+    @property
     def bias_tensor(self) -> Tensor | None:
         return None if self.bias is None else self.bias.tensor
 
