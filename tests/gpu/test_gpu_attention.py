@@ -17,6 +17,7 @@ from flash_sparse_attn import (
     prepare_selection,
     select_keys,
 )
+from flash_sparse_attn.backends.triton import role_config
 from flash_sparse_attn.reference import attention_reference
 
 pytestmark = pytest.mark.gpu
@@ -396,18 +397,27 @@ def test_only_the_gradients_asked_for(asked):
         assert torch.equal(grad, all_grads[index])
 
 
-def test_changing_sizes_compiles_nothing():
+@pytest.mark.parametrize("dim", [64, 128])
+def test_changing_sizes_compiles_nothing(dim):
     from flash_sparse_attn.backends.triton import forward, grad_key, grad_query
+
+    heads = (4, 2, 2)
+    kernels = [forward.forward_kernel, grad_query.grad_query_kernel, grad_key.grad_key_kernel]
+    if dim == 128:
+        heads = (8, 2, 2)  # rows of keys begin at multiples of 4 whatever their length
+        if role_config.roles_for("sm_90", dim) is not None:
+            from flash_sparse_attn.backends.triton import gluon_backward, gluon_forward, grad_product
+
+            kernels += [gluon_forward.gluon_forward_kernel, gluon_backward.gluon_grad_key_kernel]
+            kernels += [grad_product.delta_kernel, grad_product.product_kernel]
 
     def run(batch, length, window):
         tensors = [
-            torch.randn(batch, length, h, 64, device="cuda", dtype=BF16, requires_grad=True)
-            for h in (4, 2, 2)
+            torch.randn(batch, length, h, dim, device="cuda", dtype=BF16, requires_grad=True)
+            for h in heads
         ]
         scores = torch.randn(batch, 2, length, device="cuda", requires_grad=True)
         dynamic_mask_attn_func(*tensors, scores, window, backend="triton").sum().backward()
-
-    kernels = (forward.forward_kernel, grad_query.grad_query_kernel, grad_key.grad_key_kernel)
 
     def compiled():
         device = torch.cuda.current_device()
