@@ -406,7 +406,11 @@ def test_changing_sizes_compiles_nothing(dim):
     if dim == 128:
         heads = (8, 2, 2)  # rows of keys begin at multiples of 4 whatever their length
         if role_config.roles_for("sm_90", dim) is not None:
-            from flash_sparse_attn.backends.triton import gluon_backward, gluon_forward, grad_product
+            from flash_sparse_attn.backends.triton import (
+                gluon_backward,
+                gluon_forward,
+                grad_product,
+            )
 
             kernels += [gluon_forward.gluon_forward_kernel, gluon_backward.gluon_grad_key_kernel]
             kernels += [grad_product.delta_kernel, grad_product.product_kernel]

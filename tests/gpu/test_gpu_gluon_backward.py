@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from oracles import check_attention
-from test_gpu_gluon import CASES, DIM, Case, Inputs
+from test_gpu_gluon import CASES as SMALL
+from test_gpu_gluon import DIM, Case, Inputs
 
 from flash_sparse_attn import (
     dynamic_mask_attn_func,
@@ -51,24 +52,31 @@ def gradients(inputs: Inputs, needs: Needs | None = None, tiles: Any = None) -> 
     return list(backward(plan, *tensors, out, *kept, grad, inputs.call(), needs, tiles=tiles))
 
 
+CASES = SMALL | {
+    "few queries": Case(queries=9, keys=300, heads=2),
+    "shorter than a tile": Case(queries=20, keys=20, heads=2),
+    "one query of a KV head": Case(queries=1, heads=2),
+}
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_agrees_with_fp64_and_with_the_other_kernels(name: str, is_used: list[bool]) -> None:
     case = CASES[name]
     inputs = Inputs(case)
-    selection, _ = inputs.plan()
+    selection, plan = inputs.plan()
     bias = inputs.scores[:, :, None] if case.has_bias else None
 
-    def attend(*tensors: Any) -> Any:
-        query, key, value, *rest = tensors
+    def attend(query: Any, key: Any, value: Any, bias: Any = None) -> Any:
         return flash_sparse_attn_func(
-            query, key, value, selection, *rest, is_causal=case.is_causal, backend="triton"
+            query, key, value, selection, bias, is_causal=case.is_causal, backend="triton"
         )
 
     mask = selection.to_dense(case.queries, case.is_causal)
     check_attention(attend, inputs.query, inputs.key, inputs.value, mask, bias)
     got = gradients(inputs)
-    # Rows of keys with an odd number of pairs of queries and heads do not begin where they must.
-    assert is_used == [case.queries * case.heads // case.kv_heads % 4 == 0] * 2
+    # Whole tiles, and rows of keys that begin where they must.
+    group = case.heads // case.kv_heads
+    assert is_used == [plan.epoch_len * group % 64 == 0 and case.queries * group % 4 == 0] * 2
     want = gradients(inputs, tiles=config.tiles_for("sm_90", DIM))
     assert len(is_used) == 2
     for mine, other, what in zip(got, want, ("query", "key", "value", "bias"), strict=True):

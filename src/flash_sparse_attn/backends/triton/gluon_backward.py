@@ -363,23 +363,22 @@ def gluon_backward(
     """
     query, key, value, config = saved.query, saved.key, saved.value, roles.grad_key
     heads_kv, head_dim, group = key.shape[2], key.shape[3], saved.group
+    rows = plan.epoch_len * group
+    # Tiles are whole, and lines are loaded from multiples of 16 bytes.
+    is_even = group % 4 == 0 or (plan.epochs is None and plan.query_len * group % 4 == 0)
+    if rows % config.block_m or not is_even or not call.is_plain:
+        return False
     tiles_q, tiles_grad = (
         describe_tiles(tensor, group, config.block_m) for tensor in (query, saved.grad_out)
     )
-    num_blocks = plan.num_slots // config.block_n
-    num_tiles = plan.epoch_len * group // config.block_m
-    columns = num_tiles * config.block_m
+    num_blocks, num_tiles = plan.num_slots // config.block_n, rows // config.block_m
     units = len(saved.rows) * plan.num_epochs
-    size = plan.num_slots * columns * query.element_size()
-    at_once = kept_units(units, num_blocks, size)
-    # Lines are loaded from multiples of 16 bytes.
-    is_even = group % 4 == 0 or (plan.epochs is None and plan.query_len * group % 4 == 0)
-    if tiles_q is None or tiles_grad is None or not (call.is_plain and is_even and at_once):
+    at_once = kept_units(units, num_blocks, plan.num_slots * rows * query.element_size())
+    if tiles_q is None or tiles_grad is None or not at_once:
         return False
     run_delta(saved)
     parts = Parts.of(plan, saved, 1, grad_key, grad_value, grad_bias)
-    shape = at_once * plan.num_slots, columns
-    kept = torch.empty(shape, dtype=query.dtype, device=query.device)
+    kept = torch.empty(at_once * plan.num_slots, rows, dtype=query.dtype, device=query.device)
     rows_of = [64, head_dim]
     for now in parts.chunks:
         slots = copy_slots(plan, key, value, call.bias, now)
