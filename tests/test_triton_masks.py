@@ -310,7 +310,7 @@ def test_lists_of_a_plan(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_call_prepares_the_lists_it_reads(
     bias_shape: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The sizes are those that the passes choose."""
+    """The sizes are those that the passes choose; with a bias of pairs backward makes its own."""
     for name in ("forward", "backward"):
         module = importlib.import_module(f"flash_sparse_attn.backends.triton.{name}")
         monkeypatch.setattr(module, "architecture_of", lambda device: "sm_90")
@@ -319,16 +319,18 @@ def test_a_call_prepares_the_lists_it_reads(
     bias = None if bias_shape is None else torch.randn(bias_shape)
     facts = (40, 140, 2, 1, 1, True, "sm_90", 64, bias is not None)
     layout = mask_ops._layout_of((1, 1, 40, 140), *facts)
-    assert len(layout.lists) == 3
+    assert len(layout.lists) == (3 if bias is None else 1)
     mask = torch.rand(1, 1, 40, 140) < 0.3
     plan = plan_mask(mask, layout, is_causal=True, for_backward=True)
     launches = Launches(monkeypatch)
     call = Call(0.125, 0.0, None if bias is None else Bias.of(bias, 2, 1))
     out, _, *kept = forward(plan, query, key, value, call, with_norm=True)
+    assert "forward_kernel" in launches.names
+    assert "list_kernel" not in launches.names
     grads = Needs(bias=bias is not None)
     backward(plan, query, key, value, out, *kept, torch.randn_like(out), call, grads)
-    assert {"forward_kernel", "grad_query_kernel", "grad_key_kernel"} <= set(launches.names)
-    assert "list_kernel" not in launches.names
+    assert {"grad_query_kernel", "grad_key_kernel"} <= set(launches.names)
+    assert launches.names.count("list_kernel") == (0 if bias is None else 2)
 
 
 def test_lists_of_other_sizes_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
