@@ -251,7 +251,9 @@ def test_strides(layout, dim):
 
 
 @pytest.mark.parametrize("dim", [64, 128])
-def test_gradient_of_a_sum_has_stride_0_and_is_not_copied(dim):
+def test_gradient_of_a_sum_has_stride_0_and_is_not_copied(dim, monkeypatch, recordings):
+    # The kernels by roles do not read it: without them the same ones serve both calls.
+    monkeypatch.setattr(role_config, "KEPT_BYTES", 0)
     tensors = [
         torch.randn(1, 4096, h, dim, device="cuda", dtype=BF16, requires_grad=True)
         for h in (8, 1, 1)
@@ -273,10 +275,7 @@ def test_gradient_of_a_sum_has_stride_0_and_is_not_copied(dim):
     (_, _), (expanded, got) = peak(one), peak(one)
     assert expanded <= dense + 4096
     for a, b in zip(got, want, strict=True):
-        if dim == 64:
-            assert torch.equal(a, b)
-        else:  # kernels by roles do not read it
-            assert (a.double() - b.double()).norm() <= 2e-3 * b.double().norm()
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("lengths", [(100, 0, 1, 300, 57), (1,), (0, 0, 5)])

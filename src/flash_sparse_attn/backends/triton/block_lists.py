@@ -24,11 +24,11 @@ from .launch import launch
 from .tiles import NUMBERS
 
 _AT_ONCE = 3  # lists that one launch makes: those of forward, of dQ, and of dK and dV
-_OWNERS = 4  # tiles or blocks of one program,
+_OWNERS = 4  # tiles or blocks that one program takes together
 # Of the blocks of an epoch at most, since most hold no slots: for the best 1024 of 32768 keys
 # planning takes 0.181 milliseconds without a bound, 0.173 with 4, 0.174 with 8, 16 and 32.
 _PROGRAMS = 16
-_SIZE = 64  # and how many blocks or tiles it looks at together
+_SIZE = 64  # blocks or tiles that it looks at together for them
 
 
 @triton.jit
