@@ -379,7 +379,7 @@ def gluon_backward(
     run_delta(saved)
     parts = Parts.of(plan, saved, 1, grad_key, grad_value, grad_bias)
     kept = torch.empty(at_once * plan.num_slots, rows, dtype=query.dtype, device=query.device)
-    rows_of = [64, head_dim]
+    rows_of = [_ROWS.value, head_dim]
     for now in parts.chunks:
         slots = copy_slots(plan, key, value, call.bias, now)
         assert slots.key is not None and slots.value is not None
@@ -391,7 +391,7 @@ def gluon_backward(
                     _describe_lines(lines, config.block_m) for lines in (*saved.norm, saved.delta)
                 ),
                 TensorDescriptor.from_tensor(
-                    kept, [64, config.block_m], gl.NVMMASharedLayout(128, 16, 2)
+                    kept, [_ROWS.value, config.block_m], gl.NVMMASharedLayout(128, 16, 2)
                 ),
                 *parts.tensors, plan.slot_key, plan.slot_start, plan.slot_expiry, plan.counts,
                 plan.epochs, slots.bias, call.factors[0], call.softmax_scale, plan.query_len,
