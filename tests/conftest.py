@@ -22,6 +22,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 PACKAGES = ("flash_sparse_attn", "flash_dmattn")
+KEPT_BYTES = 1 << 30  # of freed memory that a test process keeps for its next test
 ALLOCATORS = (
     (torch, "empty"),
     (torch, "empty_like"),
@@ -60,7 +61,8 @@ def recordings(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 
 @pytest.fixture(autouse=True)
 def _same_start_for_every_test() -> Iterator[None]:
-    """Seed all generators, and put global switches back however the test leaves them."""
+    """Seed all generators, put global switches back however the test leaves them, and give memory
+    back: processes side by side share the GPU."""
     random.seed(0)
     torch.manual_seed(0)
     deterministic = torch.are_deterministic_algorithms_enabled()
@@ -68,6 +70,8 @@ def _same_start_for_every_test() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(deterministic)
     torch.set_default_dtype(default_dtype)
+    if torch.cuda.is_initialized() and torch.cuda.memory_reserved() > KEPT_BYTES:
+        torch.cuda.empty_cache()
 
 
 def poison(tensor: torch.Tensor) -> torch.Tensor:
