@@ -81,7 +81,7 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor, *, packed: bool = False
         warnings.warn(
             f"query has {heads} heads and length {query.shape[1]}: it looks like [B, H, S, D]; "
             "expected [B, S, H, D], use .transpose(1, 2)",
-            stacklevel=6,
+            stacklevel=5,
         )
 
 

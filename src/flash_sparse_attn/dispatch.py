@@ -76,5 +76,5 @@ def _warn_eager_on_gpu(reasons: tuple[str, ...]) -> None:
     """Once for every set of reasons."""
     warnings.warn(
         "attention runs on the eager backend, which is slow on a GPU: " + "; ".join(reasons),
-        stacklevel=6,
+        stacklevel=5,
     )

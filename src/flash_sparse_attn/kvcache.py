@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import cache_checks, dispatch
-from .attention import Mask, check_call, flash_sparse_attn_func, remembered
+from .attention import Mask, flash_sparse_attn_func, prepare
 from .backends import triton
 from .backends.triton import decode_ops
 from .intervals import KeySelection
@@ -76,9 +76,9 @@ def flash_sparse_attn_with_kvcache_func(
         cache_checks.check_pages(k_cache, block_table, cache_seqlens)
     # Stands for the keys, of which there need be no tensor [B, K, Hkv, D].
     keys = query.new_empty(()).expand(len(query), capacity, *k_cache.shape[2:])
-    problem = remembered(
-        check_call, query, keys, keys, attn_mask, attn_bias, softmax_scale, is_causal, softcap, None
-    )
+    options = (softmax_scale, is_causal, softcap, None)
+    # The eager backend takes every call: what runs this one is chosen below.
+    problem, _ = prepare(query, keys, keys, attn_mask, attn_bias, options, "eager")
     if _on_kernels(query, k_cache, attn_bias, backend):
         out, lse = decode_ops.decode(
             query,
