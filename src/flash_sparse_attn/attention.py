@@ -65,7 +65,7 @@ def flash_sparse_attn_func(
     dispatch.check_name(backend)
     query, key, value = cast_under_autocast(query, key, value)
     options = (softmax_scale, is_causal, softcap, deterministic)
-    problem, module = prepare(query, key, value, attn_mask, attn_bias, options, backend)
+    problem, module = check_and_choose(query, key, value, attn_mask, attn_bias, options, backend)
     out, lse = module.attention(problem, query, key, value, attn_mask, attn_bias)
     if return_attn_probs:
         return out, lse, _probabilities(problem, query, key, value, attn_mask, attn_bias)
@@ -164,7 +164,7 @@ def flash_sparse_attn_func_auto(backend: str | None = None) -> Callable[..., Any
     return partial(flash_sparse_attn_func, backend=backend)
 
 
-def prepare(
+def check_and_choose(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -179,7 +179,7 @@ def prepare(
     spent outside of its launches, the choice 2.
     """
     facts: tuple[Any, ...] | None = None
-    prepared = None
+    known = None
     if not torch.compiler.is_compiling():
         try:
             facts = (
@@ -194,21 +194,21 @@ def prepare(
                 torch.is_grad_enabled(),
                 torch.are_deterministic_algorithms_enabled(),
             )
-            prepared = _PREPARED.get(facts)
+            known = _KNOWN_CALLS.get(facts)
         except (AttributeError, TypeError):  # not what is expected, or sizes that are symbols
             facts = None
-    if prepared is None:
+    if known is None:
         problem = _check(query, key, value, mask, bias, *options)
-        prepared = problem, dispatch.choose(problem, backend)
+        known = problem, dispatch.choose(problem, backend)
         if facts is not None:
-            if len(_PREPARED) >= _MAX_PREPARED:
-                _PREPARED.clear()
-            _PREPARED[facts] = prepared
-    return prepared
+            if len(_KNOWN_CALLS) >= _MAX_KNOWN:
+                _KNOWN_CALLS.clear()
+            _KNOWN_CALLS[facts] = known
+    return known
 
 
-_PREPARED: dict[tuple[Any, ...], tuple[Problem, ModuleType]] = {}
-_MAX_PREPARED = 1024
+_KNOWN_CALLS: dict[tuple[Any, ...], tuple[Problem, ModuleType]] = {}
+_MAX_KNOWN = 1024
 
 
 def _describe(tensor: Any) -> tuple[Any, ...]:

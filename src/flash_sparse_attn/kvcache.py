@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import cache_checks, dispatch
-from .attention import Mask, flash_sparse_attn_func, prepare
+from .attention import Mask, check_and_choose, flash_sparse_attn_func
 from .backends import triton
 from .backends.triton import decode_ops
 from .intervals import KeySelection
@@ -78,7 +78,7 @@ def flash_sparse_attn_with_kvcache_func(
     keys = query.new_empty(()).expand(len(query), capacity, *k_cache.shape[2:])
     options = (softmax_scale, is_causal, softcap, None)
     # The eager backend takes every call: what runs this one is chosen below.
-    problem, _ = prepare(query, keys, keys, attn_mask, attn_bias, options, "eager")
+    problem, _ = check_and_choose(query, keys, keys, attn_mask, attn_bias, options, "eager")
     if _on_kernels(query, k_cache, attn_bias, backend):
         out, lse = decode_ops.decode(
             query,
